@@ -1,0 +1,1 @@
+"""kjax: LoRA fine-tuning of very large mixture-of-experts models on one workstation, in JAX."""
