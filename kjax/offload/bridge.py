@@ -1,0 +1,73 @@
+"""The host call: the one place that knows how a compiled function reaches the kernels.
+
+Two transports carry the same call. `ffi` is an XLA handler inside the C++ module: no Python, no copy, no deadlock; it
+exists on the CPU backend. `pure_callback` works on every backend; its host function must not touch JAX (on one core
+that deadlocks), so it is numpy in, C++, numpy out.
+"""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kjax import _ext
+from kjax.errors import ConfigError
+
+TRANSPORTS = ("auto", "ffi", "pure_callback")
+
+
+@functools.cache
+def _register():
+    for name, handler in _ext.ffi_targets().items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+
+
+def resolve(transport: str) -> str:
+    """The transport that runs: `auto` is KJAX_TRANSPORT if set, else ffi on the CPU backend and pure_callback elsewhere."""
+    if transport == "auto":
+        transport = os.environ.get("KJAX_TRANSPORT", "auto")
+    if transport not in TRANSPORTS:
+        raise ConfigError(f"transport {transport!r}: expected one of {', '.join(TRANSPORTS)}")
+    on_cpu = jax.default_backend() == "cpu"
+    if transport == "ffi" and not on_cpu:
+        raise ConfigError(f"transport 'ffi' runs on the CPU backend only, not on {jax.default_backend()}: use "
+                          "'pure_callback' or 'auto'")
+    return transport if transport != "auto" else ("ffi" if on_cpu else "pure_callback")
+
+
+def _bits(array) -> np.ndarray:
+    """As numpy; bfloat16 travels as uint16, for which every numpy has a buffer protocol."""
+    array = np.asarray(array)
+    return array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
+
+
+def _forward_on_host(store_id, keep, layer, x, idx, gate):
+    y, slip = _ext.forward(store_id, int(layer), _bits(x), _bits(idx), _bits(gate), keep)
+    return y.view(x.dtype), np.int32(slip)
+
+
+def _backward_on_host(store_id, layer, slip, x, idx, gate, dy):
+    dx, dgate = _ext.backward(store_id, int(layer), int(slip), _bits(x), _bits(idx), _bits(gate), _bits(dy))
+    return dx.view(x.dtype), dgate
+
+
+def forward(store, keep: bool, layer, x, idx, gate):
+    """y [N,D] in x.dtype and the slip (int32 scalar, 0 unless `keep`) of one execution of the experts."""
+    results = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((), jnp.int32))
+    if resolve(store.transport) == "ffi":
+        _register()
+        call = jax.ffi.ffi_call("kjax_experts_forward", results)
+        return call(layer, x, idx, gate, store=np.int64(store.id), keep=np.int64(keep))
+    return jax.pure_callback(functools.partial(_forward_on_host, store.id, keep), results, layer, x, idx, gate)
+
+
+def backward(store, layer, slip, x, idx, gate, dy):
+    """dx [N,D] in x.dtype and dgate [N,K] fp32; takes the stash entry of `slip`, or recomputes from x."""
+    results = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(gate.shape, jnp.float32))
+    if resolve(store.transport) == "ffi":
+        _register()
+        call = jax.ffi.ffi_call("kjax_experts_backward", results)
+        return call(layer, slip, x, idx, gate, dy, store=np.int64(store.id))
+    return jax.pure_callback(functools.partial(_backward_on_host, store.id), results, layer, slip, x, idx, gate, dy)

@@ -1,0 +1,139 @@
+"""The expert store: where each routed expert lies in the mapped shards, readable by the host kernels as it is."""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+
+from kjax import _ext
+from kjax.errors import CheckpointError
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FORMATS = {"BF16": "bf16", "F32": "fp32"}  # safetensors dtype -> format of the kernels
+
+
+class Entry(Protocol):
+    """A tensor in a file: `begin` and `end` are byte offsets from the file's start."""
+
+    name: str
+    path: object
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class ExpertStore:
+    """All routed experts of a model, in the bytes of the checkpoint.
+
+    Shards are mapped read-only and never copied, transposed or converted; an expert costs memory only as page cache.
+    A store is hashable by identity, so that it can be a static argument under jit. Close it (or use it as a context
+    manager) when no compiled function that uses it will run again; a call after that is an error, not a crash.
+
+    Attributes:
+      layers, experts, width (D), hidden (F): its shape.  format: "bf16" or "fp32".  id: its number in the kernels.
+      transport: how compiled functions reach it, see kjax.offload.bridge.
+    """
+
+    def __init__(self, projections: Sequence[Sequence[Mapping[str, Entry]]], *, transport: Literal[
+            "auto", "ffi", "pure_callback"] = "auto", check: bool = True):
+        """Map the experts of `projections[layer][expert]["gate_proj" | "up_proj" | "down_proj"]`.
+
+        check reads every weight once and refuses NaN and Inf. Raises CheckpointError with the names of all tensors
+        that do not fit.
+        """
+        if not projections or not projections[0]:
+            raise CheckpointError("the model has no routed experts to store")
+        first = projections[0][0]["gate_proj"]
+        hidden, width = first.shape
+        self._require_uniform(projections, first.dtype, hidden, width)
+        self._open(len(projections), len(projections[0]), width, hidden, FORMATS[first.dtype], transport)
+        files: dict[str, int] = {}
+        for layer, experts in enumerate(projections):
+            for number, name in enumerate(PROJECTIONS):
+                entries = [expert[name] for expert in experts]
+                for entry in entries:
+                    if str(entry.path) not in files:
+                        files[str(entry.path)] = self._ext.add_buffer(np.memmap(entry.path, np.uint8, mode="r"))
+                self._ext.place(layer, number, np.array([files[str(entry.path)] for entry in entries], np.int32),
+                                np.array([entry.begin for entry in entries], np.int64), None, None)
+        if check:
+            self._require_finite(projections)
+
+    @classmethod
+    def from_arrays(cls, gate, up, down, *, transport="auto") -> "ExpertStore":
+        """A store over arrays in memory: gate and up [L,E,F,D], down [L,E,D,F], all float32 or all bfloat16."""
+        arrays = [np.ascontiguousarray(array) for array in (gate, up, down)]
+        layers, experts, hidden, width = arrays[0].shape
+        for name, array, shape in zip(PROJECTIONS, arrays, [(hidden, width), (hidden, width), (width, hidden)],
+                                      strict=True):
+            if array.shape != (layers, experts, *shape) or array.dtype != arrays[0].dtype:
+                raise ValueError(f"{name}: expected {(layers, experts, *shape)} {arrays[0].dtype}, "
+                                 f"got {array.shape} {array.dtype}")
+        formats = {"float32": "fp32", "bfloat16": "bf16"}
+        if arrays[0].dtype.name not in formats:
+            raise ValueError(f"experts must be float32 or bfloat16, not {arrays[0].dtype}")
+        self = cls.__new__(cls)
+        self._open(layers, experts, width, hidden, formats[arrays[0].dtype.name], transport)
+        for number, array in enumerate(arrays):
+            buffer = self._ext.add_buffer(array.reshape(-1).view(np.uint8))
+            step = array[0, 0].nbytes
+            for layer in range(layers):
+                offset = (layer * experts + np.arange(experts, dtype=np.int64)) * step
+                self._ext.place(layer, number, np.full(experts, buffer, np.int32), offset, None, None)
+        return self
+
+    def _open(self, layers, experts, width, hidden, format_, transport):
+        self.layers, self.experts, self.width, self.hidden = layers, experts, width, hidden
+        self.format, self.transport = format_, transport
+        self._ext = _ext.Store(layers, experts, width, hidden, format_)
+        self.id = self._ext.id
+        self._finalizer = weakref.finalize(self, self._ext.close)
+
+    @staticmethod
+    def _require_uniform(projections, dtype, hidden, width):
+        shapes = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
+        wrong = []
+        for experts in projections:
+            if len(experts) != len(projections[0]):
+                raise CheckpointError(f"layers with {len(projections[0])} and {len(experts)} routed experts")
+            for expert in experts:
+                for name, entry in expert.items():
+                    if entry.dtype not in FORMATS:
+                        wrong.append(f"{entry.name}: {entry.dtype} experts are not supported; expected one of "
+                                     f"{', '.join(FORMATS)}")
+                    elif entry.dtype != dtype or tuple(entry.shape) != shapes[name]:
+                        wrong.append(f"{entry.name}: {entry.dtype}{list(entry.shape)}, expected "
+                                     f"{dtype}{list(shapes[name])}")
+        if wrong:
+            raise CheckpointError("routed experts that do not fit:\n  " + "\n  ".join(wrong))
+
+    def _require_finite(self, projections):
+        wrong = [projections[layer][expert][PROJECTIONS[projection]].name
+                 for layer in range(self.layers) for expert, projection in self._ext.nonfinite(layer)]
+        if wrong:
+            self.close()
+            raise CheckpointError("NaN or Inf in routed experts, the checkpoint is damaged:\n  " + "\n  ".join(wrong))
+
+    def decode(self, layer: int, expert: int, projection: str) -> np.ndarray:
+        """One projection as float32 [out,in]: for oracles and exports."""
+        return self._ext.decode(layer, expert, PROJECTIONS.index(projection))
+
+    def stats(self) -> dict[str, float]:
+        """Calls (`forward`, `backward`, `recomputed`), `tokens` and seconds spent in the kernels so far."""
+        return self._ext.stats()
+
+    def close(self):
+        """Unmap; its entries leave the stash."""
+        self._finalizer()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __repr__(self):
+        return (f"ExpertStore({self.layers} layers x {self.experts} experts, D {self.width}, F {self.hidden}, "
+                f"{self.format})")
