@@ -1,0 +1,281 @@
+"""Low-rank adapters: which linear layers carry one, how large each is, how they start, what they cost in memory."""
+
+import difflib
+import math
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from kjax import config
+from kjax.errors import ConfigError
+
+# A fp32 master, its gradient and the two Adam moments: what one trainable number costs while training.
+MASTER_BYTES, TRAINING_BYTES = 4, 16
+
+GROUPS = {
+    "attention": lambda path: "/self_attn/" in path,
+    "shared": lambda path: "/mlp/shared_experts/" in path,
+    "dense": lambda path: path.startswith("dense_layers/mlp/"),
+}
+
+# Places that look like targets and are none: the last part of a module's name -> why.
+_REFUSED = {
+    "experts": "adapters on the routed experts are not supported yet; use attention, shared or dense",
+    "gate": "the router is never adapted: its choice of experts stays that of the base model",
+    "router": "the router is never adapted: its choice of experts stays that of the base model",
+    "embed_tokens": "the embedding is not adapted",
+    "lm_head": "the output head is not adapted",
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter of one linear layer: y = W x + scale * B (A dropout(x)), A [R, in], B [out, R]."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """alpha / R; rank-stabilised (arXiv:2312.03732): alpha / sqrt(R)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """The adapters of a model by path (`moe_layers/self_attn/q_b_proj`): hashable, so that modules can carry it."""
+
+    entries: tuple[tuple[str, Adapter], ...]
+
+    def get(self, path: str) -> Adapter | None:
+        return dict(self.entries).get(path)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(path for path, _ in self.entries)
+
+
+def group(path: str) -> str:
+    """The group a linear path belongs to: attention, shared or dense; its parent's name where none fits."""
+    return next((name for name, belongs in GROUPS.items() if belongs(path)), path.split("/")[-2])
+
+
+def layer_offset(path: str, linears: Mapping[str, tuple[int, int, int]]) -> int:
+    """The Hugging Face number of a stack's first layer: the MoE layers come after the dense ones."""
+    if path.startswith("dense_layers/"):
+        return 0
+    return next((layers for other, (layers, _, _) in linears.items() if other.startswith("dense_layers/")), 0)
+
+
+def module_names(path: str, linears: Mapping[str, tuple[int, int, int]]) -> list[str]:
+    """The Hugging Face module names of a stacked linear, one per layer: `model.layers.3.self_attn.q_b_proj`."""
+    first, tail = layer_offset(path, linears), path.split("/", 1)[1].replace("/", ".")
+    return [f"model.layers.{first + i}.{tail}" for i in range(linears[path][0])]
+
+
+def resolve(settings: config.Lora, linears: Mapping[str, tuple[int, int, int]]) -> LoraSpec:
+    """Turns targets and patterns into one adapter per linear.
+
+    linears: path -> (L, in, out) of everything that could be adapted. A target, an exclusion or the key of a pattern
+    is a group, or a regular expression for a module's whole name or its end after a dot: `q_b_proj`,
+    `shared_experts.up_proj`, `.*_a_proj`, `model.layers.0.mlp.*`. Where several keys of one pattern fit a linear a
+    projection name goes before a group and a regular expression before both; two of one kind must agree.
+    """
+    linears = {path: size for path, size in linears.items() if not path.endswith("/mlp/gate")}
+    chosen = {path for target in settings.targets for path in _select("targets", target, linears)}
+    for name in settings.exclude:
+        chosen -= set(_select("exclude", name, linears))
+    if not chosen:
+        raise ConfigError(f"Lora.exclude = {settings.exclude!r} leaves nothing of targets = {settings.targets!r}")
+    ranks = _pattern("rank_pattern", settings.rank_pattern, chosen, linears)
+    alphas = _pattern("alpha_pattern", settings.alpha_pattern, chosen, linears)
+    entries = []
+    for path in sorted(chosen):
+        rank, (_, width_in, width_out) = ranks.get(path, settings.rank), linears[path]
+        if rank > min(width_in, width_out):
+            raise ConfigError(f"Lora.rank = {rank} for {path} [{width_out}, {width_in}]: an adapter of a rank above "
+                              f"{min(width_in, width_out)} is no low-rank one; lower rank, or give this projection "
+                              "its own in rank_pattern")
+        entries.append((path, Adapter(rank, float(alphas.get(path, settings.alpha)), settings.dropout,
+                                      settings.rslora)))
+    return LoraSpec(tuple(entries))
+
+
+def _select(setting: str, name: str, linears) -> list[str]:
+    """The paths that a group, projection name or regular expression selects; raises where there are none."""
+    if name in GROUPS:
+        found = [path for path in linears if GROUPS[name](path)]
+        return found or _nothing(setting, name, linears)
+    last = re.split(r"[./]|\\\.", name)[-1]
+    try:
+        pattern = re.compile(rf"(?:.*\.)?(?:{name})")
+    except re.error as error:
+        raise ConfigError(f"Lora.{setting} = {name!r}: no group and no regular expression ({error})") from error
+    found = []
+    for path in linears:
+        names = module_names(path, linears)
+        hits = [n for n in names if pattern.fullmatch(n)]
+        if hits and len(hits) < len(names):
+            raise ConfigError(f"Lora.{setting} = {name!r} fits {len(hits)} of the {len(names)} layers of {path} only "
+                              f"({hits[0]}, ...): the layers of a stack are adapted together; match all of them")
+        if hits:
+            found.append(path)
+    if not found and last in _REFUSED:
+        raise ConfigError(f"Lora.{setting} = {name!r}: {_REFUSED[last]}")
+    routed = (f"{n.split('.self_attn.')[0]}.mlp.experts.0.{p}" for path in linears if GROUPS["attention"](path)
+              for n in module_names(path, linears) for p in ("gate_proj", "up_proj", "down_proj"))
+    if not found and any(map(pattern.fullmatch, routed)):
+        raise ConfigError(f"Lora.{setting} = {name!r}: {_REFUSED['experts']}")
+    return found or _nothing(setting, name, linears)
+
+
+def _nothing(setting: str, name: str, linears):
+    groups = [g for g in GROUPS if any(GROUPS[g](path) for path in linears)]
+    projections = sorted({path.rsplit("/", 1)[1] for path in linears})
+    near = difflib.get_close_matches(name, [*groups, *projections], n=1)
+    raise ConfigError(f"Lora.{setting} = {name!r} matches nothing in this model."
+                      + (f" Did you mean {near[0]!r}?" if near else "")
+                      + f" There are the groups {', '.join(groups)} and the projections {', '.join(projections)}")
+
+
+def _pattern(setting: str, pattern: Mapping[str, float], chosen: set[str], linears) -> dict[str, float]:
+    """The value a pattern gives to each adapted path that one of its keys selects."""
+    candidates: dict[str, list[tuple[int, str, float]]] = {}
+    for key, value in pattern.items():
+        kind = 0 if key in GROUPS else 1 if re.fullmatch(r"[\w.]+", key) else 2
+        selected = chosen.intersection(_select(setting, key, linears))
+        if not selected:
+            raise ConfigError(f"Lora.{setting} key {key!r} selects nothing that is adapted: add it to targets")
+        for path in selected:
+            candidates.setdefault(path, []).append((kind, key, value))
+    values = {}
+    for path, rows in candidates.items():
+        best = [row for row in rows if row[0] == max(rows)[0]]
+        if len({value for _, _, value in best}) > 1:
+            keys = " and ".join(repr(key) for _, key, _ in best)
+            raise ConfigError(f"Lora.{setting}: {keys} give {path} different values; keep one")
+        values[path] = best[0][2]
+    return values
+
+
+def abstract(spec: LoraSpec, linears: Mapping[str, tuple[int, int, int]]) -> dict:
+    """The shapes of the lora tree: path -> {"lora_A": [L, R, in], "lora_B": [L, out, R]}, all fp32."""
+    leaves = {}
+    for path, adapter in spec.entries:
+        layers, width_in, width_out = linears[path]
+        leaves[f"{path}/lora_A"] = jax.ShapeDtypeStruct((layers, adapter.rank, width_in), jnp.float32)
+        leaves[f"{path}/lora_B"] = jax.ShapeDtypeStruct((layers, width_out, adapter.rank), jnp.float32)
+    return unflatten_dict(leaves, sep="/")
+
+
+def init(spec: LoraSpec, linears: Mapping[str, tuple[int, int, int]], key: jax.Array) -> dict:
+    """A fresh lora tree: A uniform, B zero, so that training starts from the base model.
+
+    Each A is drawn from its own key, made from its path: another target does not change the others.
+    """
+    leaves = flatten_dict(abstract(spec, linears), sep="/")
+    for name, leaf in leaves.items():
+        if name.endswith("/lora_B"):
+            leaves[name] = jnp.zeros(leaf.shape, leaf.dtype)
+        else:
+            # Kaiming-uniform with a = sqrt(5): bound sqrt(6 / ((1 + a^2) in)) = 1 / sqrt(in).
+            bound = leaf.shape[-1] ** -0.5
+            own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            leaves[name] = jax.random.uniform(own, leaf.shape, leaf.dtype, -bound, bound)
+    return unflatten_dict(leaves, sep="/")
+
+
+def count(tree) -> int:
+    """The numbers in a tree of arrays (or of their shapes)."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def labels(tree) -> dict:
+    """The same tree with each leaf's own name in its place: what optax.partition takes for LoRA+."""
+    return unflatten_dict({name: name[-1] for name in flatten_dict(tree)})
+
+
+class Row(NamedTuple):
+    """One group of adapters; bytes are those of the fp32 masters."""
+
+    group: str
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """The trainable parameters per group, known before anything is allocated; print it, or iterate over its rows."""
+
+    rows: tuple[Row, ...]  # one per group, then "total"
+    ranks: tuple[str, ...]  # the ranks in each group, as text
+    base_parameters: int | None
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    @property
+    def training_bytes(self) -> int:
+        """Masters, gradients and Adam moments."""
+        return self.rows[-1].parameters * TRAINING_BYTES
+
+    @property
+    def summary(self) -> str:
+        share = ""
+        if self.base_parameters:
+            share = f"{self.rows[-1].parameters / self.base_parameters:.4%} of the base's {self.base_parameters:,}; "
+        return f"{share}with gradients and optimiser state {size(self.training_bytes)}"
+
+    def _cells(self):
+        head = ("group", "rank", "trainable", "size")
+        return [head, *((row.group, rank, f"{row.parameters:,}", size(row.bytes))
+                        for row, rank in zip(self.rows, self.ranks, strict=True))]
+
+    def __str__(self) -> str:
+        cells = self._cells()
+        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+        lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+                 for row in cells]
+        return "\n".join([*lines, self.summary])
+
+    def __rich__(self):
+        from rich.table import Table as RichTable
+
+        head, *body = self._cells()
+        table = RichTable(title="Trainable parameters", caption=self.summary)
+        for i, name in enumerate(head):
+            table.add_column(name, justify="right" if i else "left")
+        for i, row in enumerate(body):
+            table.add_row(*row, end_section=i == len(body) - 2)
+        return table
+
+
+def size(count_bytes: float) -> str:
+    """Bytes as text, in powers of ten: `52.4 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count_bytes < 1000:
+            return f"{count_bytes:.0f} {unit}" if unit == "B" else f"{count_bytes:.1f} {unit}"
+        count_bytes /= 1000
+    return f"{count_bytes:.1f} TB"
+
+
+def table(spec: LoraSpec, linears: Mapping[str, tuple[int, int, int]], base_parameters: int | None = None) -> Table:
+    """What the adapters of a spec cost, per group; base_parameters adds their share of the model."""
+    parameters: dict[str, int] = {}
+    ranks: dict[str, set[int]] = {}
+    for path, adapter in spec.entries:
+        layers, width_in, width_out = linears[path]
+        name = group(path)
+        parameters[name] = parameters.get(name, 0) + layers * adapter.rank * (width_in + width_out)
+        ranks.setdefault(name, set()).add(adapter.rank)
+    parameters["total"], ranks["total"] = sum(parameters.values()), set()
+    return Table(tuple(Row(name, n, n * MASTER_BYTES) for name, n in parameters.items()),
+                 tuple(", ".join(map(str, sorted(ranks[name]))) for name in parameters), base_parameters)
