@@ -16,7 +16,7 @@ def prepare():
     bridge = sys.modules.get("jax._src.xla_bridge")
     if bridge is not None and bridge.backends_are_initialized():
         warnings.warn(
-            "kjax was imported after JAX had started a backend: host calls may hang on few cores and bits may depend on "
-            f"their number. Import kjax first, or set NPROC={POOL_THREADS}.", RuntimeWarning, stacklevel=3)
+            "kjax was imported after JAX had started a backend: host calls may hang on few cores, and bits may depend "
+            f"on their number. Import kjax first, or set NPROC={POOL_THREADS}.", RuntimeWarning, stacklevel=3)
         return
     os.environ["NPROC"] = POOL_THREADS

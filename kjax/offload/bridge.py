@@ -25,7 +25,7 @@ def _register():
 
 
 def resolve(transport: str) -> str:
-    """The transport that runs: `auto` is KJAX_TRANSPORT if set, else ffi on the CPU backend and pure_callback elsewhere."""
+    """The transport that runs; `auto`: KJAX_TRANSPORT if set, else ffi on the CPU backend, pure_callback elsewhere."""
     if transport == "auto":
         transport = os.environ.get("KJAX_TRANSPORT", "auto")
     if transport not in TRANSPORTS:
