@@ -24,11 +24,16 @@ GROUPS = {
     "dense": lambda path: path.startswith("dense_layers/mlp/"),
 }
 
-# Places that look like targets and are none: the last part of a module's name -> why.
+_ROUTER = "the router is never adapted: its choice of experts stays that of the base model"
+_ROUTED = "adapters on the routed experts are not supported yet; use attention, shared or dense"
+# What cannot be adapted, by the name a user would give it or by its place in a layer, and why.
 _REFUSED = {
-    "experts": "adapters on the routed experts are not supported yet; use attention, shared or dense",
-    "gate": "the router is never adapted: its choice of experts stays that of the base model",
-    "router": "the router is never adapted: its choice of experts stays that of the base model",
+    "experts": _ROUTED,
+    "mlp.experts.0.gate_proj": _ROUTED,
+    "mlp.experts.0.up_proj": _ROUTED,
+    "mlp.experts.0.down_proj": _ROUTED,
+    "router": _ROUTER,
+    "mlp.gate": _ROUTER,
     "embed_tokens": "the embedding is not adapted",
     "lm_head": "the output head is not adapted",
 }
@@ -99,13 +104,8 @@ def resolve(settings: config.Lora, linears: Mapping[str, tuple[int, int, int]]) 
     alphas = _pattern("alpha_pattern", settings.alpha_pattern, chosen, linears)
     entries = []
     for path in sorted(chosen):
-        rank, (_, width_in, width_out) = ranks.get(path, settings.rank), linears[path]
-        if rank > min(width_in, width_out):
-            raise ConfigError(f"Lora.rank = {rank} for {path} [{width_out}, {width_in}]: an adapter of a rank above "
-                              f"{min(width_in, width_out)} is no low-rank one; lower rank, or give this projection "
-                              "its own in rank_pattern")
-        entries.append((path, Adapter(rank, float(alphas.get(path, settings.alpha)), settings.dropout,
-                                      settings.rslora)))
+        rank, alpha = ranks.get(path, settings.rank), float(alphas.get(path, settings.alpha))
+        entries.append((path, Adapter(rank, alpha, settings.dropout, settings.rslora)))
     return LoraSpec(tuple(entries))
 
 
@@ -114,7 +114,6 @@ def _select(setting: str, name: str, linears) -> list[str]:
     if name in GROUPS:
         found = [path for path in linears if GROUPS[name](path)]
         return found or _nothing(setting, name, linears)
-    last = re.split(r"[./]|\\\.", name)[-1]
     try:
         pattern = re.compile(rf"(?:.*\.)?(?:{name})")
     except re.error as error:
@@ -128,12 +127,11 @@ def _select(setting: str, name: str, linears) -> list[str]:
                               f"({hits[0]}, ...): the layers of a stack are adapted together; match all of them")
         if hits:
             found.append(path)
-    if not found and last in _REFUSED:
-        raise ConfigError(f"Lora.{setting} = {name!r}: {_REFUSED[last]}")
-    routed = (f"{n.split('.self_attn.')[0]}.mlp.experts.0.{p}" for path in linears if GROUPS["attention"](path)
-              for n in module_names(path, linears) for p in ("gate_proj", "up_proj", "down_proj"))
-    if not found and any(map(pattern.fullmatch, routed)):
-        raise ConfigError(f"Lora.{setting} = {name!r}: {_REFUSED['experts']}")
+    layers = {n.rsplit(".self_attn.", 1)[0] for path in linears if GROUPS["attention"](path)
+              for n in module_names(path, linears)}
+    for refused, reason in _REFUSED.items():
+        if not found and any(map(pattern.fullmatch, (refused, *(f"{layer}.{refused}" for layer in layers)))):
+            raise ConfigError(f"Lora.{setting} = {name!r}: {reason}")
     return found or _nothing(setting, name, linears)
 
 
