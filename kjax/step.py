@@ -1,0 +1,78 @@
+"""One optimiser step and one evaluation batch, as pure functions to be jitted."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kjax import loss as losses
+
+
+class State(NamedTuple):
+    """All that changes while training; with the settings it determines every later step."""
+
+    lora: dict  # the adapter, fp32 masters
+    optimizer: optax.OptState
+    step: jax.Array  # int32 scalar: optimiser steps done, which is also the position in the data
+
+
+class Metrics(NamedTuple):
+    """What a step reports, as scalars."""
+
+    loss: jax.Array  # mean cross-entropy of the target tokens, before the update
+    targets: jax.Array  # their number
+    grad_norm: jax.Array  # global, before clipping
+    finite: jax.Array  # False: loss or gradient was not, and the state is that of before the step
+
+
+def initial_state(lora: dict, optimizer: optax.GradientTransformation) -> State:
+    return State(lora, optimizer.init(lora), jnp.zeros((), jnp.int32))
+
+
+def batch_loss(model, unembed: Callable, chunk: int, lora: dict, params: dict, batch: Mapping, *, dropout_key=None):
+    """The summed cross-entropy of a batch of [B,T] int32 arrays tokens, targets, positions, segments; and the count.
+
+    unembed: (params, hidden [n,D]) -> logits [n,V] fp32. Dropout is on where there is a key.
+    """
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    hidden = model.apply({"params": params, "lora": lora}, batch["tokens"], batch["positions"], batch["segments"],
+                         deterministic=dropout_key is None, rngs=rngs)
+    return losses.cross_entropy(lambda rows: unembed(params, rows), hidden, batch["targets"], chunk)
+
+
+def train_step(model, unembed: Callable, optimizer: optax.GradientTransformation, *, chunk: int, seed: int,
+               dropout: bool) -> Callable:
+    """Returns step(state, params, batch) -> (state, Metrics): one update of the adapter; jit it and donate the state.
+
+    The batch is a whole optimiser step: every MoE layer sees all of its tokens at once (the model runs attention in
+    micro-batches). The loss is normalised by the target tokens of the step. The dropout key is a function of seed and
+    step alone, so a resumed run draws the same masks.
+    """
+
+    def step(state: State, params: dict, batch: Mapping):
+        key = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
+
+        def mean_loss(lora):
+            total, count = batch_loss(model, unembed, chunk, lora, params, batch, dropout_key=key)
+            return total / jnp.maximum(count, 1.0), count
+
+        (loss, count), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.lora)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.lora)
+        new = State(optax.apply_updates(state.lora, updates), optimizer_state, state.step + 1)
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        return new, Metrics(loss, count, norm, finite)
+
+    return step
+
+
+def eval_step(model, unembed: Callable, *, chunk: int) -> Callable:
+    """Returns step(lora, params, batch) -> (summed cross-entropy, target tokens), without dropout or stash."""
+
+    def step(lora: dict, params: dict, batch: Mapping):
+        return batch_loss(model, unembed, chunk, lora, params, batch)
+
+    return step

@@ -1,0 +1,142 @@
+"""Loss and optimiser: the chunked cross-entropy against the plain one, schedules and AdamW against torch's formulas."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kjax import config, loss, optimizer
+
+B, T, D, V = 3, 11, 16, 37
+
+
+@pytest.fixture
+def problem():
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((B, T, D)), jnp.float32)
+    weight = jnp.asarray(rng.standard_normal((V, D)), jnp.float32)
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    targets[rng.random((B, T)) < 0.4] = loss.IGNORED
+    return hidden, weight, jnp.asarray(targets)
+
+
+def unembed(weight):
+    return lambda rows: jnp.einsum("nd,vd->nv", rows, weight)
+
+
+def plain(hidden, weight, targets):
+    logits = jnp.einsum("btd,vd->btv", hidden, weight)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+    return jnp.sum(jnp.where(targets >= 0, losses, 0.0))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 33, 1000])
+def test_cross_entropy_equals_the_plain_one(problem, chunk):
+    hidden, weight, targets = problem
+    chunked = jax.jit(lambda h: loss.cross_entropy(unembed(weight), h, targets, chunk))
+    total, count = chunked(hidden)
+    assert count == (targets >= 0).sum()
+    # A sum of about 20 fp32 terms in another order: a few ulp.
+    np.testing.assert_allclose(total, plain(hidden, weight, targets), rtol=20 * np.finfo(np.float32).eps)
+    grads = jax.grad(lambda h: chunked(h)[0])(hidden)
+    np.testing.assert_allclose(grads, jax.grad(plain)(hidden, weight, targets), atol=1e-5)
+    assert not grads[np.asarray(targets) < 0].any(), "an untrained position has no gradient"
+
+
+def test_cross_entropy_without_targets_is_zero(problem):
+    hidden, weight, _ = problem
+    total, count = loss.cross_entropy(unembed(weight), hidden, jnp.full((B, T), loss.IGNORED), 8)
+    assert total == 0 and count == 0
+
+
+def test_untrained_chunks_compute_no_logits(problem):
+    hidden, weight, targets = problem
+    calls = []
+
+    def counted(rows):
+        jax.debug.callback(lambda: calls.append(1))
+        return unembed(weight)(rows)
+
+    few = jnp.where(jnp.arange(B * T).reshape(B, T) % 10 == 0, jnp.abs(targets) % V, loss.IGNORED)  # 4 targets of 33
+    total, count = loss.cross_entropy(counted, hidden, few, 4)
+    jax.block_until_ready(total)
+    jax.effects_barrier()
+    assert count == 4 and len(calls) == 1
+
+
+def test_full_logits_never_exist(problem):
+    hidden, weight, targets = problem
+    jaxpr = jax.make_jaxpr(jax.grad(lambda h: loss.cross_entropy(unembed(weight), h, targets, 4)[0]))(hidden)
+    sizes = []
+
+    def walk(inner):
+        for equation in inner.eqns:
+            sizes.extend(math.prod(v.aval.shape) for v in equation.outvars if V in getattr(v.aval, "shape", ()))
+            for value in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+                if hasattr(value, "jaxpr"):
+                    walk(value.jaxpr)
+                elif hasattr(value, "eqns"):
+                    walk(value)
+
+    walk(jaxpr.jaxpr)
+    assert sizes and max(sizes) <= max(4 * V, D * V)
+
+
+def test_schedule_is_the_one_of_transformers():
+    settings = config.Optimizer(learning_rate=2e-4, warmup_steps=3)
+    total = 10
+    cosine = [2e-4 * (s / 3 if s < 3 else 0.5 * (1 + math.cos(math.pi * (s - 3) / 7))) for s in range(total + 1)]
+    rates = optimizer.schedule(settings, total)
+    np.testing.assert_allclose([float(rates(s)) for s in range(total + 1)], cosine, rtol=1e-6, atol=1e-11)
+    settings = config.Optimizer(learning_rate=1.0, schedule="linear", warmup_ratio=0.0, min_ratio=0.5)
+    rates = optimizer.schedule(settings, 4)
+    assert [float(rates(s)) for s in range(5)] == [1.0, 0.875, 0.75, 0.625, 0.5]
+    settings = config.Optimizer(learning_rate=1.0, schedule="constant", warmup_ratio=0.11)
+    assert optimizer.warmup_steps(settings, 10) == 2
+    assert [float(optimizer.schedule(settings, 10)(s)) for s in (0, 1, 2, 9)] == [0.0, 0.5, 1.0, 1.0]
+
+
+def adamw_ref(param, grads, settings, ratio=1.0):
+    """AdamW as its paper states it, in float64; constant learning rate, no clipping."""
+    m = v = np.zeros_like(param)
+    rate = settings.learning_rate * ratio
+    for t, g in enumerate(grads, start=1):
+        m = settings.beta1 * m + (1 - settings.beta1) * g
+        v = settings.beta2 * v + (1 - settings.beta2) * g * g
+        adam = m / (1 - settings.beta1**t) / (np.sqrt(v / (1 - settings.beta2**t)) + settings.epsilon)
+        param = param - rate * (adam + settings.weight_decay * param)
+    return param
+
+
+def test_optimizer_is_adamw_with_lora_plus():
+    settings = config.Optimizer(learning_rate=1e-2, schedule="constant", warmup_ratio=0.0, weight_decay=0.1,
+                                clip_norm=None, loraplus_ratio=16.0)
+    rng = np.random.default_rng(1)
+    leaves = {"lora_A": rng.standard_normal((2, 3, 4)), "lora_B": rng.standard_normal((2, 4, 3))}
+    tree = {"moe_layers": {"q_proj": leaves}}
+    grads = [jax.tree.map(lambda p: rng.standard_normal(p.shape), tree) for _ in range(5)]
+    transformation = optimizer.optimizer(settings, 5)
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), tree)
+    state = transformation.init(params)
+    for grad in grads:
+        grad = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grad)
+        updates, state = transformation.update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+    for name, ratio in (("lora_A", 1.0), ("lora_B", 16.0)):
+        leaf = [g["moe_layers"]["q_proj"][name] for g in grads]
+        expected = adamw_ref(tree["moe_layers"]["q_proj"][name], leaf, settings, ratio)
+        # Five fp32 steps of size <= 0.16: rounding of the parameter dominates.
+        np.testing.assert_allclose(params["moe_layers"]["q_proj"][name], expected, atol=1e-5)
+
+
+def test_optimizer_clips_by_the_norm_over_the_whole_tree():
+    settings = config.Optimizer(learning_rate=1.0, schedule="constant", warmup_ratio=0.0, clip_norm=1.0)
+    gradient = {"a": {"lora_A": jnp.full((1, 3), 3.0)}, "b": {"lora_B": jnp.full((1, 4), 4.0)}}
+    clip = optimizer.optimizer(settings, 1)
+    _, state = clip.update(gradient, clip.init(gradient), gradient)
+    first_moment = state[1].mu
+    norm = math.sqrt(3 * 9 + 4 * 16)
+    np.testing.assert_allclose(first_moment["b"]["lora_B"], 0.1 * 4.0 / norm, rtol=1e-6)
