@@ -1,0 +1,356 @@
+"""A checked, lazy reader of safetensors checkpoints that knows where in which file every tensor lies.
+
+The routed experts are multiplied straight out of the mapped files, so kjax needs byte offsets, which the safetensors
+library does not give; hence its own header parser. A checkpoint is untrusted: nothing is used before it is checked.
+"""
+
+import json
+import math
+import os
+import stat
+import struct
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from kjax.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_JSON = 1 << 29  # bytes; the index of a 140,000-tensor checkpoint has 15 MB
+MAX_DIMENSIONS = 32
+
+DTYPES = {
+    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,
+    "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F32": np.float32, "F64": np.float64, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}  # fmt: skip
+ITEMSIZE = {code: np.dtype(dtype).itemsize for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where a tensor lies: bytes `begin` to `end` of the file `path`, row-major and little-endian."""
+
+    name: str
+    path: Path
+    dtype: str  # the safetensors code: "BF16", "F32", "F8_E4M3", ...
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def quote(text: object) -> str:
+    """Text from a file, safe to print: control characters escaped, long text cut."""
+    shown = repr(text)
+    return shown if len(shown) <= 200 else f"{shown[:200]}... ({len(shown)} characters)"
+
+
+def parse_json(data: bytes, where: str) -> dict:
+    """A JSON object without duplicate keys; `where` names the source in errors."""
+
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise CheckpointError(f"{where}: the key {quote(twice)} appears twice; download the file again")
+        return found
+
+    def constant(text):
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not valid JSON ({error}); download the file again") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The resolved path of a file of the checkpoint, which must not lead out of it.
+
+    A link may point to another file of the directory, or, in a hub cache, where
+    `models--ORG--NAME/snapshots/REVISION/FILE` links to `models--ORG--NAME/blobs/HASH`, into the blobs of the same
+    model. Everything else (`..`, absolute names, links to elsewhere) is refused: the files may have been made by
+    somebody who wants others of this machine read.
+    """
+    if not name or "\0" in name or os.path.isabs(name) or ".." in Path(name).parts:
+        raise CheckpointError(
+            f"{directory}: the file name {quote(name)} leads out of the directory; "
+            f"names must be relative and without '..' (is {INDEX} from a source you trust?)"
+        )
+    root = directory.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        allowed.append(root.parent.parent / "blobs")
+    try:
+        target = (root / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links
+        raise CheckpointError(f"{directory}: {quote(name)} cannot be followed ({error})") from None
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise CheckpointError(
+            f"{directory}: {quote(name)} is a link to {target}, outside the directory; "
+            "put the file itself there, or give kjax the directory that holds it"
+        )
+    return target
+
+
+def _open(path: Path, shown: str) -> tuple[int, int]:
+    """A file descriptor for reading and the file's size; only regular files (a named pipe would block)."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{shown}: cannot be opened ({error.strerror})") from None
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise CheckpointError(f"{shown}: not a regular file")
+    return handle, status.st_size
+
+
+def _fill(handle: int, view: memoryview, offset: int, shown: str):
+    """Reads exactly len(view) bytes at `offset`."""
+    while len(view):
+        try:
+            count = os.preadv(handle, [view], offset)
+        except OSError as error:
+            raise CheckpointError(f"{shown}: reading at byte {offset} failed ({error.strerror})") from None
+        if count == 0:
+            raise CheckpointError(f"{shown}: the file became shorter while it was read; is it still downloading?")
+        view, offset = view[count:], offset + count
+
+
+def _tensor(shown: str, name: str, spec: object, path: Path, data: int, size: int) -> TensorEntry:
+    """One header item, checked; `data` is where the tensors begin and `size` the file's length."""
+    where = f"{shown}: tensor {quote(name)}"
+    if not isinstance(spec, dict) or not {"dtype", "shape", "data_offsets"} <= spec.keys():
+        raise CheckpointError(f"{where}: needs dtype, shape and data_offsets, has {quote(spec)}; the header is damaged")
+    dtype, shape, offsets = spec["dtype"], spec["shape"], spec["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{where}: unknown dtype {quote(dtype)}; kjax knows {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(type(d) is int and d >= 0 for d in shape):
+        raise CheckpointError(f"{where}: shape {quote(shape)} is not a list of sizes; the header is damaged")
+    if math.prod(max(d, 1) for d in shape) * ITEMSIZE[dtype] >= 1 << 63:
+        raise CheckpointError(f"{where}: shape {quote(shape)} is larger than any memory; the header is damaged")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(o) is int for o in offsets):
+        raise CheckpointError(f"{where}: data_offsets {quote(offsets)} are not two integers; the header is damaged")
+    begin, end = offsets
+    if not 0 <= begin <= end:
+        raise CheckpointError(f"{where}: data_offsets {quote(offsets)} are negative or reversed; the header is damaged")
+    if data + end > size:
+        raise CheckpointError(
+            f"{where}: its bytes end at {data + end}, past the end of the file at {size}: "
+            "the shard is truncated or damaged; download it again"
+        )
+    if end - begin != math.prod(shape) * ITEMSIZE[dtype]:
+        raise CheckpointError(
+            f"{where}: {dtype} {shape} takes {math.prod(shape) * ITEMSIZE[dtype]} bytes, "
+            f"data_offsets span {end - begin}; the header is damaged, download the shard again"
+        )
+    return TensorEntry(name, path, dtype, tuple(shape), data + begin, data + end)
+
+
+def read_header(handle: int, size: int, path: Path, shown: str) -> list[TensorEntry]:
+    """The tensors of one safetensors file, in the order of their bytes.
+
+    As the format demands, every byte after the header belongs to exactly one tensor: overlaps, gaps and trailing
+    bytes are refused (a file with room for something else may be read differently by another program).
+    """
+    prefix = bytearray(min(8, size))
+    _fill(handle, memoryview(prefix), 0, shown)
+    if prefix == b"version ":
+        raise CheckpointError(f"{shown}: a Git LFS pointer, not the file itself; run `git lfs pull`")
+    if size < 8:
+        raise CheckpointError(f"{shown}: {size} bytes are no safetensors file; download it again")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER:
+        raise CheckpointError(f"{shown}: a header of {length} bytes (the format allows {MAX_HEADER}): not a "
+                              "safetensors file, or damaged; download it again")
+    data = 8 + length
+    if data > size:
+        raise CheckpointError(f"{shown}: the header ends at byte {data}, past the end of the file at {size}: "
+                              "the shard is truncated or damaged; download it again")
+    header = bytearray(length)
+    _fill(handle, memoryview(header), 8, shown)
+    items = parse_json(bytes(header), f"{shown}: header")
+    metadata = items.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{shown}: __metadata__ is not an object; the header is damaged")
+
+    entries = [_tensor(shown, name, spec, path, data, size) for name, spec in items.items()]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    cursor, before = data, None
+    for entry in entries:
+        if entry.begin < cursor:
+            raise CheckpointError(f"{shown}: tensors {quote(before.name)} and {quote(entry.name)} overlap; "
+                                  "the header is damaged, download the shard again")
+        if entry.begin > cursor:
+            raise CheckpointError(f"{shown}: {entry.begin - cursor} bytes before tensor {quote(entry.name)} belong to "
+                                  "no tensor; the header is damaged, download the shard again")
+        cursor, before = entry.end, entry
+    if cursor != size:
+        raise CheckpointError(f"{shown}: {size - cursor} bytes after the last tensor belong to no tensor; "
+                              "the file is damaged, download it again")
+    return entries
+
+
+class Checkpoint:
+    """A checkpoint directory: `config.json` and one safetensors file or shards with an index.
+
+    Opening reads the headers only (each shard is opened once and stays open); tensors are read when asked for.
+    Use it as a context manager or call `close()`.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory}: no such directory; give the one that holds config.json and the "
+                                  "safetensors files")
+        self._handles: dict[Path, int] = {}
+        self._entries: dict[str, TensorEntry] = {}
+        self._close = weakref.finalize(self, _close_all, self._handles)
+        try:
+            self._open_shards()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_shards(self):
+        weight_map = self._weight_map()
+        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+        paths = {name: inside(self.directory, name) for name in names}
+        shard_of = {path: name for name, path in paths.items()}  # a hub cache resolves names to hashes
+        missing = [name for name, path in paths.items() if not path.exists()]
+        if missing:
+            raise CheckpointError(
+                f"{self.directory}: {len(missing)} of {len(names)} shards missing: {_listed(missing)}; "
+                "download them again"
+            )
+        for name, path in paths.items():
+            shown = str(self.directory / name)
+            if path in self._handles:
+                raise CheckpointError(f"{shown}: the same file as another shard of the index")
+            handle, size = _open(path, shown)
+            self._handles[path] = handle
+            for entry in read_header(handle, size, path, shown):
+                if (other := self._entries.setdefault(entry.name, entry)) is not entry:
+                    raise CheckpointError(
+                        f"{self.directory}: tensor {quote(entry.name)} is in two shards, {quote(shard_of[other.path])} and "
+                        f"{quote(name)}; remove the stale shard or download the checkpoint again"
+                    )
+        absent = [name for name, shard in (weight_map or {}).items()
+                  if name not in self._entries or self._entries[name].path != paths[shard]]
+        if absent:
+            raise CheckpointError(
+                f"{self.directory}: {len(absent)} tensors are not in the shard that {INDEX} names: "
+                + _listed([f"{name} ({weight_map[name]})" for name in absent])
+                + "; index and shards are of different checkpoints, download both again"
+            )
+
+    def _weight_map(self) -> dict[str, str] | None:
+        """Tensor -> shard file, or None for a single-file checkpoint."""
+        index = self.json(INDEX, required=False)
+        if index is None:
+            if not os.path.lexists(self.directory / SINGLE):
+                raise CheckpointError(f"{self.directory}: neither {INDEX} nor {SINGLE}; {self._what_is_there()}")
+            return None
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{self.directory / INDEX}: no weight_map; download the file again")
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str):
+                raise CheckpointError(f"{self.directory / INDEX}: weight_map[{quote(name)}] is {quote(shard)}, "
+                                      "not a file name; download the file again")
+        return weight_map
+
+    def _what_is_there(self) -> str:
+        names = sorted(item.name for item in self.directory.iterdir())
+        if any(name.endswith(".safetensors") for name in names):
+            return f"the directory has safetensors files but no {INDEX} that says which belong to the model"
+        if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+            return ("it holds PyTorch pickles, which kjax does not open because they can run code; "
+                    "convert them with save_pretrained(..., safe_serialization=True)")
+        return "no safetensors file at all; give the directory that holds the model's weights"
+
+    def json(self, name: str, required: bool = True) -> dict | None:
+        """The object in a JSON file of the directory; None if it is not there and not required."""
+        path, shown = inside(self.directory, name), str(self.directory / name)
+        if not path.exists():
+            if required:
+                raise CheckpointError(f"{self.directory}: no {name}; give the directory that holds it and the weights")
+            return None
+        handle, size = _open(path, shown)
+        try:
+            if size > MAX_JSON:
+                raise CheckpointError(f"{shown}: {size} bytes are too many for a JSON file of a checkpoint")
+            data = bytearray(size)
+            _fill(handle, memoryview(data), 0, shown)
+        finally:
+            os.close(handle)
+        return parse_json(bytes(data), shown)
+
+    @property
+    def config_json(self) -> dict:
+        """The contents of config.json."""
+        return self.json("config.json")
+
+    def names(self) -> Iterable[str]:
+        """All tensor names, shard by shard in the order of their bytes."""
+        return self._entries.keys()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def entry(self, name: str) -> TensorEntry:
+        """Where the tensor lies."""
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise CheckpointError(f"{self.directory}: no tensor {quote(name)}") from None
+
+    def read_bytes(self, entry: TensorEntry, out: np.ndarray, offset: int = 0):
+        """Fills `out`, a contiguous array, with the tensor's bytes from `offset` on. Safe to call from many threads."""
+        view = memoryview(out.reshape(-1).view(np.uint8))
+        if entry.begin + offset + len(view) > entry.end:
+            raise ValueError(f"{entry.name}: {len(view)} bytes at {offset} reach past the tensor")
+        if entry.path not in self._handles:
+            raise CheckpointError(f"{self.directory}: the checkpoint is closed")
+        _fill(self._handles[entry.path], view, entry.begin + offset, f"{entry.path}: tensor {quote(entry.name)}")
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as a numpy array of the stored dtype (ml_dtypes for bfloat16 and float8)."""
+        entry = self.entry(name)
+        out = np.empty(entry.shape, DTYPES[entry.dtype])
+        self.read_bytes(entry, out)
+        return out
+
+    def close(self):
+        """Closes the files; entries stay valid as places."""
+        self._close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _close_all(handles: dict[Path, int]):
+    while handles:
+        os.close(handles.popitem()[1])
+
+
+def _listed(names: list[str], limit: int = 20) -> str:
+    shown = ", ".join(quote(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
