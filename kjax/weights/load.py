@@ -1,4 +1,4 @@
-"""A checkpoint's tensors into the stacked parameter tree, in the order of the files and with little memory beside it."""
+"""A checkpoint's tensors into the stacked parameter tree, in the order of the files, with little memory beside it."""
 
 import collections
 import concurrent.futures

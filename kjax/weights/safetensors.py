@@ -246,8 +246,9 @@ class Checkpoint:
             for entry in read_header(handle, size, path, shown):
                 if (other := self._entries.setdefault(entry.name, entry)) is not entry:
                     raise CheckpointError(
-                        f"{self.directory}: tensor {quote(entry.name)} is in two shards, {quote(shard_of[other.path])} and "
-                        f"{quote(name)}; remove the stale shard or download the checkpoint again"
+                        f"{self.directory}: tensor {quote(entry.name)} is in two shards, "
+                        f"{quote(shard_of[other.path])} and {quote(name)}; remove the stale one, or download "
+                        "the checkpoint again"
                     )
         absent = [name for name, shard in (weight_map or {}).items()
                   if name not in self._entries or self._entries[name].path != paths[shard]]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from flax.traverse_util import flatten_dict
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from kjax.errors import CheckpointError
@@ -47,6 +48,6 @@ def save_checkpoint(directory: str | os.PathLike, params: Mapping, config_json: 
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (directory / INDEX).write_text(json.dumps(index, indent=2))
         (directory / "config.json").write_text(json.dumps(dict(config_json), indent=2) + "\n")
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be written ({error}); free space or give another directory") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: cannot be written ({error}); free space or give another place") from error
     return directory
