@@ -1,0 +1,183 @@
+"""The decoder: embedding, a stack of dense layers, a stack of mixture-of-experts layers, final norm.
+
+The parameter tree has the checkpoint's own names, with the layers of a stack along axis 0:
+`moe_layers/self_attn/q_b_proj/weight` [L,O,I]. One body per stack is compiled, whatever the depth.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from flax.traverse_util import flatten_dict
+
+from kjax.errors import ConfigError
+from kjax.lora import LoraSpec
+from kjax.models.attention import MLA, Tokens, mla, mla_cached
+from kjax.models.config import ModelConfig
+from kjax.models.layers import INIT, MLP, Linear, Norm, Parts, rms_norm, swiglu
+from kjax.models.moe import MoE, moe
+from kjax.models.rope import cos_sin
+from kjax.offload.experts import SAVED
+from kjax.offload.store import ExpertStore
+
+
+@struct.dataclass
+class Cache:
+    """What generation keeps of the tokens so far: S places per row, the first `length` of them filled.
+
+    layers: {"dense_layers" | "moe_layers": {"c": [L,B,S,R], "k_rope": [L,B,S,P]}}.  segments: [B,S].
+    """
+
+    layers: dict
+    segments: jax.Array
+    length: jax.Array  # int32 scalar
+
+    @classmethod
+    def empty(cls, config: ModelConfig, rows: int, places: int, dtype) -> "Cache":
+        """Room for `places` tokens in each of `rows` rows. Writing beyond it is not detected: ask for enough."""
+        stacks = {"dense_layers": config.num_dense_layers, "moe_layers": config.num_moe_layers}
+        layers = {stack: {"c": jnp.zeros((n, rows, places, config.kv_lora_rank), dtype),
+                          "k_rope": jnp.zeros((n, rows, places, config.qk_rope_head_dim), dtype)}
+                  for stack, n in stacks.items() if n}
+        return cls(layers, jnp.zeros((rows, places), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def in_micro_batches(f, micro_rows: int | None, x, tokens: Tokens):
+    """f(x, tokens) over groups of rows: the activations of one group exist at a time, in the backward pass too.
+
+    Without the checkpoint, recomputing the layer would keep what the backward needs of every group at once.
+    """
+    rows = x.shape[0]
+    if micro_rows is None or micro_rows >= rows:
+        return f(x, tokens)
+    if rows % micro_rows:
+        raise ConfigError(f"micro_rows = {micro_rows} does not divide the {rows} rows of the batch")
+    groups = jax.tree.map(lambda a: a.reshape(-1, micro_rows, *a.shape[1:]), (x, tokens))
+    return jax.lax.map(lambda group: jax.checkpoint(f, prevent_cse=False)(*group), groups).reshape(x.shape)
+
+
+class Layer(Parts):
+    """One decoder layer, dense or mixture-of-experts: the body of a scan over a stack."""
+
+    store: ExpertStore | None
+    micro_rows: int | None
+    sparse: bool
+
+    @nn.compact
+    def __call__(self, x, layer, cache, tokens, key_segments, start):
+        """x [B,T,D], layer: its number in the stack, cache: its part of the cache or None -> x, cache."""
+        c, parts = self.config, (self.config, self.lora, self.dtype, self.deterministic)
+        norm = Norm(c.hidden_size, self.dtype, name="input_layernorm")()
+        w = MLA(*parts, name="self_attn")()
+        if cache is None:
+            def attention(x, tokens):
+                return x + mla(w, c, rms_norm(x, norm, c.rms_norm_eps), tokens)
+            x = in_micro_batches(attention, self.micro_rows, x, tokens)
+        else:
+            o, cache = mla_cached(w, c, rms_norm(x, norm, c.rms_norm_eps), tokens, cache, key_segments, start)
+            x = x + o
+
+        h = rms_norm(x, Norm(c.hidden_size, self.dtype, name="post_attention_layernorm")(), c.rms_norm_eps)
+        if not self.sparse:
+            return x + swiglu(MLP(*parts, c.intermediate_size, name="mlp")(), h, tokens.rows), cache
+        w = MoE(*parts, self.store is None, name="mlp")()
+        return moe(w, c, self.store, layer, h, x, tokens.segments, tokens.rows), cache
+
+
+class Embedding(nn.Module):
+    """Declares the table [V,D]."""
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self):
+        return self.param("weight", INIT, (self.config.vocab_size, self.config.hidden_size), self.dtype)
+
+
+class Transformer(nn.Module):
+    """The model without its output head.
+
+    Attributes:
+      lora: the adapters, whose arrays are the collection "lora"; None: the base model alone.
+      dtype: of all activations, "float32" or "bfloat16".
+      store: holds the routed experts; None: they are parameters, multiplied on the device.
+      micro_rows: rows in attention at a time; None: all. Every expert sees all rows at once either way.
+    """
+
+    config: ModelConfig
+    lora: LoraSpec | None = None
+    dtype: Any = jnp.float32
+    store: ExpertStore | None = None
+    micro_rows: int | None = None
+
+    @nn.compact
+    def __call__(self, tokens, positions, segments, *, deterministic: bool = True, cache: Cache | None = None):
+        """Hidden states after the final norm.
+
+        Args:
+          tokens: [B,T] int32.  positions: [B,T] int32, restarting with each packed sequence.
+          segments: [B,T] int32; a token sees earlier ones of its row and segment; 0 is padding.
+          deterministic: False drops elements before lora_A (needs the "dropout" rng).
+          cache: continue from these tokens instead of an empty row.
+
+        Returns:
+          hidden [B,T,D], and the cache with these tokens in it if one was given.
+        """
+        c = self.config
+        cos, sin = cos_sin(c.rope, c.qk_rope_head_dim, positions)
+        batch = Tokens(cos, sin, segments, jnp.arange(tokens.shape[0]))
+        # An id beyond the table gives NaN here; clamping would train on another token.
+        x = jnp.take(Embedding(c, self.dtype, name="embed_tokens")(), tokens, axis=0, mode="fill").astype(self.dtype)
+
+        start, key_segments, caches = None, None, {}
+        if cache is not None:
+            start = cache.length
+            key_segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, start, axis=1)
+            caches = cache.layers
+        layers = {}
+        for stack, length in (("dense_layers", c.num_dense_layers), ("moe_layers", c.num_moe_layers)):
+            if length:
+                body = nn.remat(Layer, policy=jax.checkpoint_policies.save_only_these_names(SAVED), prevent_cse=False)
+                scan = nn.scan(body, variable_axes={"params": 0, "lora": 0}, length=length,
+                               split_rngs={"params": True, "dropout": True},
+                               in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast), out_axes=0)
+                run = scan(c, self.lora, self.dtype, deterministic, self.store, self.micro_rows, stack == "moe_layers",
+                           name=stack)
+                x, layers[stack] = run(x, jnp.arange(length), caches.get(stack), batch, key_segments, start)
+
+        x = rms_norm(x, Norm(c.hidden_size, self.dtype, name="norm")(), c.rms_norm_eps)
+        if not c.tie_word_embeddings:
+            Linear(c.hidden_size, c.vocab_size, None, self.dtype, True, name="lm_head")()  # for unembed
+        if cache is None:
+            return x
+        return x, Cache(layers, key_segments, start + tokens.shape[1])
+
+
+def unembed(params, hidden):
+    """hidden [...,D] -> logits [...,V] fp32, by lm_head or, where that is tied, by the embedding."""
+    head = params["lm_head" if "lm_head" in params else "embed_tokens"]["weight"]
+    return jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def abstract_params(config: ModelConfig, dtype, experts: str = "host") -> dict:
+    """The shapes of the params tree, as jax.ShapeDtypeStruct: read off the modules, nothing is allocated.
+
+    Router leaves are fp32 whatever dtype says. experts: "host" leaves the routed ones out, "device" declares them.
+    """
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    model = Transformer(config, dtype=jnp.dtype(dtype))
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens, tokens)["params"]
+    if experts == "host" and "moe_layers" in params:
+        del params["moe_layers"]["mlp"]["experts"]
+    return params
+
+
+def linears(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
+    """Everything that can carry an adapter: path -> (L, in, out)."""
+    leaves = flatten_dict(abstract_params(config, jnp.float32), sep="/")
+    # Hugging Face calls every linear layer *_proj*, and neither the router nor a norm.
+    return {path.removesuffix("/weight"): (leaf.shape[0], leaf.shape[2], leaf.shape[1])
+            for path, leaf in leaves.items() if "_proj" in path.split("/")[-2] and path.endswith("/weight")}
