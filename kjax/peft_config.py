@@ -1,0 +1,196 @@
+"""PEFT's adapter_config.json: a LoraSpec in PEFT's spelling, and a stranger's file as checked settings."""
+
+import collections
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from kjax.errors import CheckpointError, ConfigError
+from kjax.lora import Adapter, LoraSpec, module_names
+from kjax.weights.safetensors import quote
+
+Linears = Mapping[str, tuple[int, int, int]]  # path -> (L, in, out)
+
+# What PEFT can put into a LoRA that the formula y = W x + scale * B A x does not hold. Other keys, known or not,
+# leave the formula alone.
+_UNSUPPORTED = {
+    "use_dora": "DoRA", "lora_bias": "a bias in the adapter", "modules_to_save": "fully trained modules",
+    "fan_in_fan_out": "transposed weights", "target_parameters": "fused routed-expert adapters",
+    "layers_to_transform": "adapters on some layers only", "layer_replication": "replicated layers",
+    "trainable_token_indices": "trained embeddings", "use_qalora": "QA-LoRA", "use_bdlora": "block-diagonal LoRA",
+    "alora_invocation_tokens": "activated LoRA", "arrow_config": "Arrow routing", "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+}  # fmt: skip
+# Initialisations that take something out of the base weights: such an adapter is wrong beside the unchanged base.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# A regular expression from a file can run for ever. With at most this many repetitions (60^4 / 4! = 540,000 ways over a
+# name of 60 characters, PEFT's own `(.*\.)?` included) and alternatives (one group can be a factor) it cannot.
+_MAX_REPETITIONS, _MAX_GROUPS = 3, 3
+
+
+def write(spec: LoraSpec, linears: Linears, base: str) -> dict:
+    """The contents of adapter_config.json: keys that every reader knows, with which PEFT finds the same modules."""
+    adapters = [adapter for _, adapter in spec.entries]
+    if len({(adapter.dropout, adapter.rslora) for adapter in adapters}) != 1:
+        raise ConfigError("PEFT files hold one dropout and one rslora for all modules; the adapters' differ")
+    # Modules that a short name must not select: also those that kjax stacks elsewhere or never adapts.
+    modules = {name: path for path in linears for name in module_names(path, linears)}
+    for layer in {re.match(r"model\.layers\.\d+", name)[0] for name in modules}:
+        modules |= {f"{layer}.mlp.experts.0.{name}": "" for name in ("gate_proj", "up_proj", "down_proj")}
+    targets = _spell(spec.paths, linears, modules, lambda path: spec.get(path) is not None)
+    rank, rank_pattern = _pattern({path: adapter.rank for path, adapter in spec.entries}, linears)
+    alpha, alpha_pattern = _pattern({path: _whole(adapter.alpha) for path, adapter in spec.entries}, linears)
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "r": rank, "lora_alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
+        "lora_dropout": adapters[0].dropout, "use_rslora": adapters[0].rslora, "bias": "none",
+        "fan_in_fan_out": False, "init_lora_weights": True, "target_modules": targets,
+    }  # fmt: skip
+
+
+def _whole(alpha: float) -> float:
+    """A whole number as an int: some readers take no other alpha."""
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _pattern(values: Mapping[str, float], linears: Linears) -> tuple[float, dict[str, float]]:
+    """The commonest value, and for the other paths PEFT's pattern: a regex for the end of a module's name."""
+    default = collections.Counter(values.values()).most_common(1)[0][0]
+    modules = {name: path for path in values for name in module_names(path, linears)}
+    pattern = {}
+    for path, value in values.items():
+        if value != default:
+            names = _spell([path], linears, modules, lambda other, value=value: values[other] == value)
+            pattern |= {re.escape(name): value for name in names}
+    return default, dict(sorted(pattern.items()))
+
+
+def _spell(paths: Iterable[str], linears: Linears, modules: Mapping[str, str],
+           belongs: Callable[[str], bool]) -> list[str]:
+    """Names for these paths that select, by their end after a dot, no module whose path does not belong.
+
+    The last part of the name where that suffices (`q_b_proj`), else the last two (`shared_experts.up_proj`), else the
+    full names of all layers.
+    """
+    names = set()
+    for path in paths:
+        full = module_names(path, linears)
+        ends = (".".join(full[0].split(".")[-parts:]) for parts in (1, 2))
+        short = next((end for end in ends if all(belongs(other) for module, other in modules.items()
+                                                 if module.endswith(f".{end}"))), None)
+        names |= {short} if short else set(full)
+    return sorted(names)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an adapter_config.json says about a LoRA."""
+
+    where: str
+    base: str
+    rank: int
+    alpha: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    dropout: float
+    rslora: bool
+    targets: tuple[str, ...] | str  # names or a regular expression; empty: only the tensors tell
+    excluded: tuple[str, ...] | str
+
+    def adapter(self, module: str) -> Adapter:
+        """The adapter of one module, `model.layers.3.self_attn.q_b_proj`: a pattern's first key that fits counts."""
+        def value(pattern, default):
+            return next((v for key, v in pattern.items() if _fits(key, module, self.where)), default)
+
+        return Adapter(value(self.rank_pattern, self.rank), float(value(self.alpha_pattern, self.alpha)),
+                       self.dropout, self.rslora)
+
+    def names(self, module: str) -> bool:
+        """Whether target_modules selects this module and exclude_modules does not."""
+        return self._listed(self.targets, module) and not self._listed(self.excluded, module)
+
+    def _listed(self, names: tuple[str, ...] | str, module: str) -> bool:
+        if isinstance(names, str):
+            return bool(_compile(names, self.where).fullmatch(module))
+        return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def read(raw: dict, where: str) -> Settings:
+    """Checks the contents of an adapter_config.json; raises naming what kjax cannot follow."""
+    if raw.get("peft_type") != "LORA":
+        raise CheckpointError(f"{where}: peft_type {quote(raw.get('peft_type'))}; kjax reads LORA adapters")
+    unsupported = [f"{key} = {quote(raw[key])} ({what})" for key, what in _UNSUPPORTED.items() if raw.get(key)]
+    if raw.get("bias", "none") != "none":
+        unsupported.append(f"bias = {quote(raw['bias'])} (trained biases)")
+    start = raw.get("init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        unsupported.append(f"init_lora_weights = {quote(start)} (it changes the base weights; convert to a plain LoRA)")
+    if unsupported:
+        raise CheckpointError(f"{where}: not supported: {'; '.join(unsupported)}. Merge the adapter into its base with "
+                              "PEFT, or train a plain LoRA")
+
+    def get(key, ok, expected, default):
+        value = raw.get(key)
+        value = default if value is None else value
+        if not ok(value):
+            raise CheckpointError(f"{where}: {key} = {quote(value)}, expected {expected}")
+        return value
+
+    def is_rank(value):
+        return type(value) is int and 0 < value < 1 << 20
+
+    def is_alpha(value):
+        return type(value) in (int, float) and math.isfinite(value)
+
+    def is_names(value):
+        return isinstance(value, str) or isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+    def pattern_of(is_value):
+        return lambda value: isinstance(value, dict) and all(map(is_value, value.values()))
+
+    targets = get("target_modules", is_names, "a list of names or a regular expression", [])
+    excluded = get("exclude_modules", is_names, "a list of names or a regular expression", [])
+    return Settings(
+        where=where,
+        base=str(raw.get("base_model_name_or_path") or ""),
+        rank=get("r", is_rank, "a positive whole number", 8),  # PEFT's defaults
+        alpha=get("lora_alpha", is_alpha, "a number", 8),
+        rank_pattern=get("rank_pattern", pattern_of(is_rank), "names with positive whole numbers", {}),
+        alpha_pattern=get("alpha_pattern", pattern_of(is_alpha), "names with numbers", {}),
+        dropout=float(get("lora_dropout", lambda p: is_alpha(p) and 0 <= p < 1, "a number in [0, 1)", 0.0)),
+        rslora=get("use_rslora", lambda flag: isinstance(flag, bool), "true or false", False),
+        targets=_usable(targets),
+        excluded=_usable(excluded),
+    )
+
+
+def _usable(names: list[str] | str) -> tuple[str, ...] | str:
+    """Names, or a regular expression if it is a simple one; without it the tensors tell what is adapted."""
+    if isinstance(names, list):
+        return tuple(names)
+    return names if names != "all-linear" and _is_harmless(names) else ()
+
+
+def _fits(key: str, module: str, where: str) -> bool:
+    """Whether a pattern's key selects the module: PEFT matches it as a regex against the name's end after a dot."""
+    plain = key.replace("\\.", ".")
+    if re.fullmatch(r"[\w.]+", plain):
+        return module == plain or module.endswith(f".{plain}")
+    if not _is_harmless(key):
+        raise CheckpointError(f"{where}: the regular expression {quote(key)} is too involved to be run safely; write "
+                              "the names of the modules instead")
+    return bool(_compile(rf"(?:.*\.)?(?:{key})", where).fullmatch(module))
+
+
+def _is_harmless(pattern: str) -> bool:
+    """Whether a match must end soon: few repetitions, none of them of a group, no back-references."""
+    return (len(pattern) <= 1000 and len(re.findall(r"[*+{]|(?<!\()\?", pattern)) <= _MAX_REPETITIONS
+            and pattern.count("(") <= _MAX_GROUPS and not re.search(r"\)[*+?{]|\\[1-9]|\(\?[^:]", pattern))
+
+
+def _compile(pattern: str, where: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"{where}: {quote(pattern)} is no regular expression ({error})") from error
