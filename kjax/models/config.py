@@ -1,4 +1,4 @@
-"""What a model is, read from its config.json: one table from model_type to the parts, and every contradiction refused."""
+"""What a model is, read from its config.json: a table from model_type to its parts; contradictions are refused."""
 
 import json
 import math
