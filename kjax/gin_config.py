@@ -30,21 +30,29 @@ class Resolved(NamedTuple):
     origins: dict[str, str]
 
 
-def load(files: Files = (), bindings: Bindings = ()) -> settings.Config:
-    """Reads gin files in order (later ones win), then bindings: ["Lora.rank=16", "RANK=4"] or {"Lora.rank": 16}."""
-    return resolve(files, bindings).config
+def load(files: Files = (), bindings: Bindings = (), fallback: Mapping[str, Any] | None = None) -> settings.Config:
+    """Reads gin files in order (later ones win), then bindings: ["Lora.rank=16", "RANK=4"] or {"Lora.rank": 16}.
+
+    fallback: values for settings that would otherwise be missing, for uses that do not need them.
+    """
+    return resolve(files, bindings, fallback).config
 
 
-def resolve(files: Files = (), bindings: Bindings = ()) -> Resolved:
+def resolve(files: Files = (), bindings: Bindings = (), fallback: Mapping[str, Any] | None = None) -> Resolved:
     """As `load`, together with the origin of every setting."""
+    fallback = fallback or {}
     macros: dict[str, Binding] = {}
     bound: dict[str, Binding] = {}
     for file in [files] if isinstance(files, (str, Path)) else files:
         gin_reader.read(file, macros, bound)
     _bind_command_line(bindings, macros, bound)
-    values, origins, used, missing = {}, {}, set(), {}
+    values, origins, used, missing = dict(fallback), {}, set(), {}
     for key, binding in bound.items():
-        values[key], origins[key] = _fill(key, binding, macros, used, missing)
+        lacking = {}
+        value, origin = _fill(key, binding, macros, used, lacking)
+        if not lacking or key not in fallback:
+            values[key], origins[key] = value, origin
+            missing |= {name: place for name, place in lacking.items() if name not in missing}
     config = _build(values, origins, missing)
     for name in macros.keys() - used:
         warnings.warn(f"{macros[name].origin}: nothing uses the macro {name}"
@@ -62,6 +70,18 @@ def text(config: settings.Config, defaults: bool = True) -> str:
         if lines:
             blocks.append("".join(lines))
     return "\n".join(blocks)
+
+
+def annotated(resolved: Resolved) -> str:
+    """Every setting with where it comes from, as gin text, and what follows from the settings."""
+    config = resolved.config
+    lines = [f"{key} = {_literal(value, _hint(key), key)}" for key, value in flat(config).items()]
+    width = min(60, max(map(len, lines)))
+    lines = [f"{line:{width}}  # {resolved.origins.get(key, 'default')}"
+             for line, key in zip(lines, flat(config), strict=True)]
+    rows, length = config.train.rows_per_step, config.data.max_length
+    lines += ["", f"# tokens per step: at most {rows * length:,} ({rows} rows of {length})"]
+    return "\n".join(lines) + "\n"
 
 
 def flat(config: settings.Config) -> dict[str, Any]:

@@ -1,0 +1,7 @@
+"""`python -m kjax`."""
+
+import sys
+
+from kjax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,187 @@
+"""The command `kjax`: each verb a few lines over the library, which is imported when its verb runs."""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from kjax.errors import KjaxError
+
+EXIT_WRONG = 2  # settings, files or a plan that does not fit: something the user can mend
+EXIT_SIGINT = 130  # 128 + SIGINT, as shells count
+
+GIN_HELP = "--gin.NAME=VALUE (repeatable) binds a setting (Lora.rank) or a macro (RANK) after the files"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code. KJAX_DEBUG=1 shows the traceback of an error."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    bindings = [arg for arg in argv if arg.startswith("--gin.")]
+    args = parser.parse_args([arg for arg in argv if not arg.startswith("--gin.")])
+    if bindings and not hasattr(args, "gin_file"):
+        parser.error(f"{bindings[0]}: {args.command} takes no gin settings")
+    args.bindings = bindings
+    debug = os.environ.get("KJAX_DEBUG") == "1"
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.showwarning = _show_warning
+        try:
+            code = args.run(args)
+            sys.stdout.flush()
+            return code
+        except KjaxError as error:
+            if debug:
+                raise
+            print(f"kjax: error: {error}", file=sys.stderr)
+            return EXIT_WRONG
+        except KeyboardInterrupt:
+            print("kjax: interrupted", file=sys.stderr)
+            return EXIT_SIGINT
+        except BrokenPipeError:  # `kjax env | head`: the reader left, which is no error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None):
+    print(f"kjax: warning: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kjax", description="LoRA fine-tuning of very large mixture-of-experts "
+                                     "models on one workstation.", allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
+
+    train = _verb(verbs, "train", _train, "fine-tune a model", gin=True)
+    after = train.add_mutually_exclusive_group()
+    after.add_argument("--resume", action="store_true", help="go on from the last checkpoint of Train.run_dir")
+    after.add_argument("--overwrite", action="store_true", help="replace the run in Train.run_dir")
+
+    chat = _verb(verbs, "chat", _chat, "talk to a model, with or without an adapter")
+    which = chat.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="DIR", help="a checkpoint directory")
+    which.add_argument("--run", metavar="DIR", dest="run_dir", help="a run: its base with its newest adapter")
+    chat.add_argument("--adapter", metavar="DIR", help="a PEFT adapter for --model")
+    chat.add_argument("--message", metavar="TEXT", help="print one reply and end")
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument("--max_new_tokens", type=_positive, default=512, metavar="N")
+    chat.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token (default)")
+    chat.add_argument("--top_p", type=float, default=1.0, metavar="X")
+    chat.add_argument("--seed", type=int, default=0, metavar="N")
+    chat.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the run's, else bfloat16")
+    chat.add_argument("--experts", choices=("host", "device"), help="default: the run's, else host")
+
+    data = verbs.add_parser("data", help="look at a dataset").add_subparsers(dest="what", metavar="VERB", required=True)
+    show = _verb(data, "show", _data_show, "print rendered rows with the trained tokens coloured", gin=True)
+    show.add_argument("--model", metavar="DIR", help="sets Model.directory: whose tokenizer and template")
+    show.add_argument("--dataset", metavar="FILE", help="sets Data.dataset")
+    show.add_argument("--rows", type=_positive, default=3, metavar="N")
+
+    config = verbs.add_parser("config", help="look at settings").add_subparsers(
+        dest="what", metavar="VERB", required=True)
+    _verb(config, "show", _config_show, "print every setting and where it comes from", gin=True)
+
+    plan = _verb(verbs, "plan", _plan, "memory and work of a run, from config.json alone", gin=True)
+    plan.add_argument("--model", metavar="PATH", help="sets Model.directory: a checkpoint directory or a config.json")
+    plan.add_argument("--host_gb", type=float, metavar="GB", help="plan for this much main memory, not this machine's")
+    plan.add_argument("--device_gb", type=float, metavar="GB", help="plan for a GPU with this much memory")
+    plan.add_argument("--check", action="store_true", help=f"exit with {EXIT_WRONG} where the run does not fit")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
+    env = _verb(verbs, "env", _env, "this machine and installation: versions, kernels, memory, GPU")
+    env.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _verb(verbs, name: str, run, text: str, gin: bool = False) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
+                              epilog=GIN_HELP if gin else None, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    if gin:
+        parser.add_argument("--gin_file", action="append", default=[], metavar="FILE",
+                            help="a gin file, or the name of a packaged one (repeatable, later ones win)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be positive")
+    return value
+
+
+def _train(args) -> int:
+    from kjax import env, gin_config
+    config = gin_config.load(args.gin_file, args.bindings)
+    env.check()
+    from kjax.train import train
+    run = train(config, resume=args.resume, overwrite=args.overwrite)
+    print(run)
+    return run.exit_code
+
+
+def _chat(args) -> int:
+    from kjax import chat, env
+    directory, adapter = args.model, args.adapter
+    dtype, experts = args.dtype or "bfloat16", args.experts or "host"
+    if args.run_dir:
+        if adapter:
+            raise KjaxError("--adapter goes with --model: --run has its own")
+        config, adapter = chat.run_settings(args.run_dir)
+        directory = config.model.directory
+        dtype, experts = args.dtype or config.model.dtype, args.experts or config.model.experts
+    env.check()
+    from kjax.load import load
+    model = load(directory, adapter=adapter, dtype=dtype, experts=experts)
+
+    def generate(messages, stream):
+        return model.generate(messages, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                              top_p=args.top_p, seed=args.seed, stream=stream)
+
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    try:
+        if args.message is not None:
+            chat.reply(generate, [*messages, {"role": "user", "content": args.message}], sys.stdout)
+        else:
+            chat.converse(generate, messages, sys.stdin, sys.stdout)
+    finally:
+        model.close()
+    return 0
+
+
+def _data_show(args) -> int:
+    from kjax import gin_config
+    named = {"Model.directory": args.model, "Data.dataset": args.dataset}
+    bindings = [f"{key}={value!r}" for key, value in named.items() if value is not None] + args.bindings
+    config = gin_config.load(args.gin_file, bindings, fallback={"Train.run_dir": "unused"})
+    from kjax.data import show
+    show.show(config, rows=args.rows)
+    return 0
+
+
+def _config_show(args) -> int:
+    from kjax import gin_config
+    resolved = gin_config.resolve(args.gin_file, args.bindings)
+    print(gin_config.annotated(resolved), end="")
+    return 0
+
+
+def _plan(args) -> int:
+    from kjax import gin_config
+    bindings = ([f"Model.directory={args.model!r}"] if args.model else []) + args.bindings
+    config = gin_config.load(args.gin_file, bindings, fallback={"Data.dataset": "unused", "Train.run_dir": "unused"})
+    from kjax import plan
+    result = plan.plan(config, plan.machine(host_gb=args.host_gb, device_gb=args.device_gb))
+    if args.json:
+        print(json.dumps(result.as_dict(), indent=2))
+    else:
+        result.print()
+    return EXIT_WRONG if args.check and not result.fits else 0
+
+
+def _env(args) -> int:
+    from kjax import env
+    facts = env.report()
+    print(json.dumps(facts, indent=2) if args.json else env.text(facts))
+    return 0
