@@ -227,6 +227,9 @@ def _check(keys: _Keys, config: ModelConfig):
         keys.fail("qk_rope_head_dim", "must be even: rotation acts on pairs")
     if config.num_experts_per_tok > experts:
         keys.fail("num_experts_per_tok", f"more than n_routed_experts = {experts}")
+    if ROUTERS[config.topk_method] == "softmax" and config.norm_topk_prob:
+        # Published code disagrees: transformers ignores the key, DeepSeek's own normalises and does not scale.
+        keys.fail("norm_topk_prob", f"not supported with topk_method = {config.topk_method!r}")
     if config.topk_method == "greedy":
         return
     if experts % groups:
@@ -238,8 +241,6 @@ def _check(keys: _Keys, config: ModelConfig):
                                          f"topk_group = {config.topk_group} groups kept")
     if config.topk_method == "noaux_tc" and groups > 1 and experts // groups < 2:
         keys.fail("n_group", "a group is scored by its two best experts, but has only one")
-    if config.topk_method == "group_limited_greedy" and config.norm_topk_prob:
-        keys.fail("norm_topk_prob", f"not supported with topk_method = {config.topk_method!r}")
 
 
 def _rope(keys: _Keys) -> Rope:
