@@ -170,9 +170,9 @@ def grouped(names: Iterable[str], limit: int = 20) -> str:
         if len(numbers) > 3 and math.prod(map(len, axes)) == len(numbers):
             shown.append(f"{_filled(parts, ['{' + _ranges(axis) + '}' for axis in axes])} ({len(numbers):,})")
         else:
-            shown += [_filled(parts, number) for number in numbers[:limit]]
-            if len(numbers) > limit:
-                shown.append(f"... {len(numbers) - limit:,} more like {_filled(parts, ['*'] * len(axes))}")
+            few = [_filled(parts, number) for number in numbers[:limit]]
+            more = f"... {len(numbers) - limit:,} more like {_filled(parts, ['*'] * len(axes))}"
+            shown.append(", ".join(few + [more] * (len(numbers) > limit)))
     return ", ".join(shown[:limit]) + (f", ... {len(shown) - limit:,} more" if len(shown) > limit else "")
 
 

@@ -1,0 +1,191 @@
+"""A model from a checkpoint directory, ready for logits, text and training."""
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kjax import adapters
+from kjax.data.tokenizer import Tokenizer
+from kjax.errors import CheckpointError, ConfigError, DataError
+from kjax.generate import Generator, TextStream, check_tokens
+from kjax.lora import LoraSpec
+from kjax.models import ModelConfig, Transformer, abstract_params, linears, unembed
+from kjax.offload.store import ExpertStore
+from kjax.weights.load import load_params, open_experts
+from kjax.weights.safetensors import Checkpoint
+
+TOKENIZER_FILES = ("tokenizer.json", "tiktoken.model")
+
+
+def load(
+    directory: str | os.PathLike,
+    adapter: str | os.PathLike | None = None,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    experts: Literal["host", "device"] = "host",
+    *,
+    transport: Literal["auto", "ffi", "pure_callback"] = "auto",
+    check: bool = True,
+    progress: bool = True,
+) -> "Model":
+    """Loads a Hugging Face checkpoint directory (DeepSeek-V2, V3, Kimi-K2 families).
+
+        with kjax.load("DeepSeek-V2-Lite-Chat") as model:
+            print(model.generate([{"role": "user", "content": "Hello"}]))
+
+    Args:
+      directory: holds config.json, the safetensors files, and a tokenizer for `generate`.
+      adapter: a PEFT directory to put on the model.
+      dtype: of everything outside the routed experts, and of the activations.
+      experts: "host" leaves the routed experts in the mapped files and multiplies them on the CPU, in the dtype they
+        are stored in; "device" loads them as arrays, for small models.
+      transport: how compiled functions reach the host; "auto" is right.
+      check: read all routed experts once and refuse NaN and Inf. The rest is always checked.
+      progress: a bar on a terminal, for large models.
+
+    Raises CheckpointError naming all files and tensors that are missing, damaged or do not fit config.json.
+    """
+    if dtype not in ("bfloat16", "float32"):
+        raise ConfigError(f"dtype = {dtype!r}: expected 'bfloat16' or 'float32'")
+    if experts not in ("host", "device"):
+        raise ConfigError(f"experts = {experts!r}: expected 'host' or 'device'")
+    with Checkpoint(directory) as checkpoint:
+        config = ModelConfig.from_json(checkpoint.config_json)
+        stop = _stop_ids(checkpoint)
+        tokenizer = _tokenizer(checkpoint.directory, config)
+        base = adapters.identify(checkpoint)
+        spec, lora = adapters.load(adapter, linears(config), base) if adapter is not None else (None, None)
+        params = load_params(checkpoint, config, abstract_params(config, dtype, experts), progress=progress)
+        store = open_experts(checkpoint, config, transport=transport, check=check) if experts == "host" else None
+    return Model(checkpoint.directory, config, dtype, params, store, tokenizer, spec, lora, stop, base)
+
+
+class Model:
+    """A loaded model; `close()` it, or use it as a context manager, to let go of the mapped files.
+
+    Attributes:
+      directory, config (kjax.models.ModelConfig), dtype: what was loaded, and how.
+      params: the frozen weights, as nested dicts of arrays stacked per layer.
+      lora, spec: the adapter's arrays (fp32) and where they attach; None without one.
+      store: the routed experts on the host; None with experts="device".
+      tokenizer: None where the directory has none.  stop: token ids that end a reply.
+      base: the checkpoint's identity, which adapters record.
+    """
+
+    def __init__(self, directory: Path, config: ModelConfig, dtype: str, params: dict, store: ExpertStore | None,
+                 tokenizer: Tokenizer | None, spec: LoraSpec | None, lora: dict | None, stop: frozenset[int],
+                 base: adapters.Base):
+        self.directory, self.config, self.dtype, self.params, self.store = directory, config, dtype, params, store
+        self.tokenizer, self.spec, self.lora, self.base = tokenizer, spec, lora, base
+        self.stop = stop | frozenset(tokenizer.eos_ids if tokenizer else ())
+        self.transformer = Transformer(config, lora=spec, dtype=jnp.dtype(dtype), store=store)
+        self._generator = None
+        self._logits = jax.jit(functools.partial(_logits, self.transformer))
+
+    @property
+    def variables(self) -> dict:
+        """The collections "params" and, with an adapter, "lora"."""
+        return {"params": self.params} | ({"lora": self.lora} if self.lora is not None else {})
+
+    def logits(self, tokens) -> jax.Array:
+        """tokens [B,T] int -> logits [B,T,V] fp32, every row one sequence from its first position.
+
+        Raises DataError for ids outside the embedding table.
+        """
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+            raise DataError(f"tokens {tokens.shape} {tokens.dtype}: expected whole numbers [B,T]")
+        check_tokens(tokens, self.config.vocab_size)
+        return self._logits(self.variables, tokens.astype(np.int32))
+
+    def generate(
+        self,
+        messages: str | Sequence[Mapping[str, str]],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stream: Callable[[str], object] | None = None,
+    ) -> str:
+        """The model's reply to a conversation.
+
+        Args:
+          messages: [{"role": "user", "content": ...}, ...], rendered by the model's chat template; a string is one
+            user message.
+          temperature: 0 takes the most probable token each time; otherwise tokens are drawn, repeatably by `seed`.
+          top_p: draw among the most probable tokens that together have this probability.
+          stream: is called with each piece of text as it comes, in whole characters; together they are the reply.
+        """
+        if self.tokenizer is None:
+            raise CheckpointError(f"{self.directory}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); "
+                                  "copy the base model's there")
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        prompt, _ = self.tokenizer.render(messages, add_generation_prompt=True)
+        text, pieces = TextStream(self.tokenizer.decode), []
+
+        def emit(piece: str):
+            if piece:
+                pieces.append(piece)
+                if stream is not None:
+                    stream(piece)
+
+        for token in self.tokens(prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed):
+            emit(text.push(token))
+        emit(text.flush())
+        return "".join(pieces)
+
+    def tokens(self, prompt: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
+               seed: int = 0):
+        """The token ids that follow `prompt`, one by one; the arguments are those of `generate`."""
+        if self._generator is None:
+            vocabulary = self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
+            self._generator = Generator(self.transformer, vocabulary)
+        return self._generator.tokens(self.variables, prompt, max_new_tokens, temperature=temperature, top_p=top_p,
+                                      seed=seed, stop=self.stop)
+
+    def close(self):
+        """Unmaps the routed experts; calls after that fail."""
+        if self.store is not None:
+            self.store.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __repr__(self):
+        where = repr(self.store) if self.store else "experts on the device"
+        return f"Model({str(self.directory)!r}, {self.config.model_type}, {self.dtype}, {where})"
+
+
+def _logits(transformer: Transformer, variables: dict, tokens: jax.Array) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden = transformer.apply(variables, tokens, positions, jnp.ones_like(tokens))
+    return unembed(variables["params"], hidden)
+
+
+def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        return None
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(f"{directory}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding "
+                              f"table {config.vocab_size} rows; it belongs to another model")
+    return tokenizer
+
+
+def _stop_ids(checkpoint: Checkpoint) -> frozenset[int]:
+    """eos_token_id of generation_config.json: one id or several; chat models stop at more than the tokenizer's."""
+    found = (checkpoint.json("generation_config.json", required=False) or {}).get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{checkpoint.directory / 'generation_config.json'}: eos_token_id = {found!r}: expected "
+                              "a token id or a list of them")
+    return frozenset(ids)
