@@ -1,0 +1,121 @@
+"""Everything a run needs besides weights, found and checked before anything large is read or allocated."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kjax import adapters, checkpoint, data, lora, models, optimizer
+from kjax.config import Config
+from kjax.data.batches import Batches
+from kjax.data.tokenizer import Tokenizer
+from kjax.errors import DataError
+from kjax.weights import names
+from kjax.weights.safetensors import Checkpoint
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run.
+
+    Attributes:
+      linears: path -> (L, in, out) of everything adaptable.  adapter: the lora tree to continue from, or None.
+      batches: the optimiser steps.  evaluation: rows to evaluate on, or None.
+      base: the identity that adapters record.  identity: what a saved state must have been trained from.
+    """
+
+    config: Config
+    model: models.ModelConfig
+    linears: dict[str, tuple[int, int, int]]
+    spec: lora.LoraSpec
+    adapter: dict | None
+    tokenizer: Tokenizer
+    train: data.Dataset
+    evaluation: data.Dataset | None
+    batches: Batches
+    total_steps: int
+    expert_dtype: str
+    base: adapters.Base
+    identity: checkpoint.Identity
+
+    @property
+    def table(self) -> lora.Table:
+        shapes = models.abstract_params(self.model, self.config.model.dtype, "device")
+        return lora.table(self.spec, self.linears, lora.count(shapes))
+
+    @property
+    def dropout(self) -> bool:
+        return any(adapter.dropout > 0 for _, adapter in self.spec.entries)
+
+
+def prepare(config: Config) -> Job:
+    """Read the model's description, the tokenizer and the data of a run; raises the first thing that is wrong."""
+    with Checkpoint(config.model.directory) as files:
+        model = models.ModelConfig.from_json(files.config_json)
+        linears = models.linears(model)
+        base = adapters.identify(files)
+        entries = [files.entry(name) for name in files.names()]
+        names.account(files, model, models.abstract_params(model, config.model.dtype, config.model.experts))
+        expert_dtype = names.expert_entries(files, model)[0][0]["gate_proj"].dtype if model.num_moe_layers else ""
+        hashed = checkpoint.base_hash(files.directory, entries)
+        directory = files.directory
+    tree = None
+    if config.model.adapter is None:
+        spec = lora.resolve(config.lora, linears)
+    else:
+        spec, tree = adapters.load(config.model.adapter, linears, base)
+    tokenizer = Tokenizer.load(directory, template=config.data.template)
+    train, evaluation = data.load(config.data, tokenizer)
+    for dataset in (train, evaluation):
+        if dataset is not None:
+            _require_ids_in_table(dataset, model, directory)
+    settings = config.train
+    batches = Batches(train, settings.rows_per_step, config.data.max_length, config.data.rows, settings.seed)
+    total = settings.steps or max(1, math.ceil(settings.epochs * len(batches)))
+    identity = checkpoint.Identity.of(config, hashed, train.hash)
+    return Job(config, model, linears, spec, tree, tokenizer, train, evaluation, batches, total, expert_dtype, base,
+               identity)
+
+
+def _require_ids_in_table(dataset: data.Dataset, model: models.ModelConfig, directory: Path) -> None:
+    """XLA clamps an index or gives NaN for it, both without a word."""
+    largest = max((int(np.max(ids)) for ids, _ in dataset.examples if len(ids)), default=-1)
+    if largest >= model.vocab_size:
+        raise DataError(f"{directory}: the data has token id {largest}, but config.json says vocab_size = "
+                        f"{model.vocab_size}: the tokenizer does not belong to this model")
+
+
+def rows(job: Job, directory: Path, isa: str, threads: int) -> list[tuple[str, str]]:
+    """The lines of the banner that tell what will be done."""
+    model, settings, chosen = job.model, job.config.train, job.config.optimizer
+    layers = f"{model.num_dense_layers} dense + {model.num_moe_layers} MoE layers"
+    experts = f"{model.n_routed_experts} experts, {model.num_experts_per_tok} per token"
+    where = {"host": f"{job.expert_dtype} in place, on the host ({isa}, {threads} threads)",
+             "device": f"{job.config.model.dtype}, on the device"}[job.config.model.experts]
+    warmup = optimizer.warmup_steps(chosen, job.total_steps)
+    lines = [
+        ("model", f"{job.config.model.directory}  {model.model_type}, {layers}, {experts}"),
+        ("experts", where),
+        ("the rest", f"{job.config.model.dtype}, on the device"),
+        ("data", str(job.train.report)),
+    ]
+    if job.evaluation is not None:
+        lines.append(("evaluation", str(job.evaluation.report)))
+    slots = settings.rows_per_step * job.config.data.max_length
+    lines += [
+        ("step", f"{settings.rows_per_step} rows of up to {job.config.data.max_length} tokens = {slots:,} places, "
+                 f"{job.config.data.rows}"),
+        ("steps", f"{job.total_steps} ({job.total_steps / len(job.batches):.2f} epochs of {len(job.batches)})"),
+        ("rate", f"{chosen.learning_rate:g}, {chosen.schedule} after {warmup} steps of warm-up"),
+        ("writes to", str(directory)),
+    ]
+    if job.config.model.adapter is not None:
+        lines.insert(3, ("adapter", f"goes on from {job.config.model.adapter}, with its targets and ranks"))
+    return lines
+
+
+def model_settings(job: Job) -> dict:
+    """The settings of the model as JSON, for the record."""
+    return dataclasses.asdict(job.model)

@@ -1,0 +1,226 @@
+"""The directory of a run, locked while it is in use and never overwritten unasked, and the result of a run."""
+
+import base64
+import fcntl
+import html
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from kjax import adapters, log
+from kjax.checkpoint import ADAPTER, MANIFEST, STATE, Checkpoints
+from kjax.errors import RunError
+
+LOCK = ".lock"
+CONFIG, OPERATIVE, ENV = "config.gin", "operative_config.gin", "env.json"
+FILES = (CONFIG, OPERATIVE, ENV, log.LOG, log.TRAIN_PLOT, log.EVAL_PLOT)
+BOARD, SAVED = "tb", "checkpoints"
+ADAPTER_FILES = {adapters.CONFIG, adapters.WEIGHTS, adapters.RECORD, adapters.TEMPLATE}
+LEFTOVERS = f".{ADAPTER}.partial"  # of an adapter whose writing was cut short
+
+
+class RunDirectory:
+    """A run directory held by this process; a context manager that takes and releases its lock.
+
+    Attributes: path; checkpoints; adapter: the directory of the newest adapter.
+    """
+
+    def __init__(self, path: str | Path, *, keep: int, resume: bool, overwrite: bool):
+        """Check that the directory may be used so, before anything long starts; nothing is written or removed yet."""
+        if resume and overwrite:
+            raise RunError("--resume and --overwrite exclude each other")
+        self.path = Path(path).absolute()
+        self.checkpoints = Checkpoints(self.path / SAVED, keep)
+        self.adapter = self.path / ADAPTER
+        self._resume, self._overwrite, self._lock = resume, overwrite, None
+
+    def __enter__(self) -> "RunDirectory":
+        self._require_own()
+        self._take_lock()
+        try:
+            self._require_allowed()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _present(self) -> list[str]:
+        return [name for name in (*FILES, BOARD, SAVED, ADAPTER) if os.path.lexists(self.path / name)]
+
+    def _require_own(self) -> None:
+        """Refuses a directory whose files carry the names of a run's but are none."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"Train.run_dir = {str(self.path)!r}: is a file; choose another directory")
+        present = self._present()
+        if present and not (self.path / LOCK).is_file():
+            raise RunError(f"{self.path}: holds {', '.join(present)}, which no run of kjax wrote (it has no {LOCK}): "
+                           "choose another run_dir")
+
+    def _take_lock(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise RunError(f"{self.path}: the run directory is not writable ({error.strerror}); choose another run_dir "
+                           "or change its permissions") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _holder(self.path / LOCK)
+            self.__exit__()
+            raise RunError(f"{self.path}: in use by {holder}; wait for it, stop it, or choose another run_dir"
+                           ) from error
+        try:
+            os.ftruncate(self._lock, 0)
+            os.write(self._lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        except OSError as error:
+            self.__exit__()
+            raise RunError(f"{self.path}: the run directory is not writable ({error.strerror})") from error
+
+    def _require_allowed(self) -> None:
+        present = self._present()
+        if self._resume:
+            if not self.checkpoints.steps():
+                raise RunError(f"{self.path}: no saved state to resume from; start without --resume")
+        elif self._overwrite:
+            self._require_only_own()
+        elif present:
+            steps = self.checkpoints.steps()
+            state = f"saved up to step {steps[-1]}" if steps else "without a saved state"
+            raise RunError(f"{self.path}: already holds a run ({state}): go on with --resume, replace it with "
+                           "--overwrite, or choose another run_dir")
+
+    def _require_only_own(self) -> None:
+        """Refuses to remove a directory of the run into which something else was put."""
+        foreign = sorted(str(path.relative_to(self.path)) for path in self._foreign())
+        if foreign:
+            more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+            raise RunError(f"{self.path}: --overwrite removes only what a run wrote, and this is not: "
+                           f"{', '.join(foreign[:5])}{more}; move it away")
+
+    def _foreign(self) -> Iterator[Path]:
+        for name in (BOARD, SAVED, ADAPTER):
+            if (self.path / name).is_symlink():
+                yield self.path / name
+                return
+        unfinished = set(self.checkpoints.unfinished())
+        for child in _children(self.path / SAVED):
+            if child not in unfinished:
+                own = _listed(child)
+                yield from (path for path in (child, *child.rglob("*")) if not own or path.is_symlink()
+                            or path.is_file() and str(path.relative_to(child)) not in own)
+        yield from (path for path in _children(self.path / ADAPTER) if path.name not in ADAPTER_FILES)
+        yield from (path for path in _children(self.path / BOARD) if not path.name.startswith("events.out.tfevents."))
+
+    def clear(self) -> None:
+        """Remove the earlier run that is to be overwritten: its own files only."""
+        if self._overwrite:
+            self._require_only_own()
+            for name in (BOARD, SAVED, ADAPTER, LEFTOVERS):
+                if (self.path / name).exists():
+                    shutil.rmtree(self.path / name)
+            for name in FILES:
+                (self.path / name).unlink(missing_ok=True)
+
+    def write(self, name: str, text: str) -> None:
+        """Write a small file of the run, replacing it as a whole."""
+        partial = self.path / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, self.path / name)
+
+
+def _children(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _listed(saved: Path) -> set[str]:
+    """The files that the manifest of a saved state lists, itself included; none where there is no manifest."""
+    try:
+        return {MANIFEST, *json.loads((saved / MANIFEST).read_bytes())["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        names = {child.name for child in _children(saved)}
+        own = names <= {MANIFEST, STATE, ADAPTER} and re.fullmatch(r"\d+", saved.name)
+        return {str(path.relative_to(saved)) for path in saved.rglob("*")} if own else set()
+
+
+def _holder(lock: Path) -> str:
+    try:
+        found = json.loads(lock.read_text())
+        return f"process {int(found['pid'])} on {found['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has come to; shown as a table and its curve in a notebook.
+
+    Attributes:
+      losses: the training loss of step 1, 2, ...  eval_losses: the evaluation losses, after eval_at[i] steps.
+      adapter: the newest PEFT adapter.  plot: the loss curve.
+      status: "finished"; "interrupted", stopped by a signal after saving; "cancelled", by a second signal, without.
+      exit_code: what a program that only trains should exit with: 0, or 128 and the signal's number.
+    """
+
+    directory: Path
+    status: Literal["finished", "interrupted", "cancelled"]
+    step: int
+    total_steps: int
+    losses: list[float] = field(repr=False)
+    eval_losses: list[float] = field(repr=False)
+    eval_at: list[int] = field(repr=False)
+    exit_code: int = 0
+
+    @property
+    def adapter(self) -> Path:
+        return self.directory / ADAPTER
+
+    @property
+    def plot(self) -> Path:
+        return self.directory / log.TRAIN_PLOT
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = [("status", f"{self.status}, {self.step} of {self.total_steps} steps")]
+        for name, values in (("loss", self.losses), ("evaluation loss", self.eval_losses)):
+            if values:
+                rows.append((name, f"{values[0]:.4f} -> {values[-1]:.4f}"))
+        for name, path in (("adapter", self.adapter), ("plot", self.plot), ("log", self.directory / log.LOG)):
+            if path.exists():
+                rows.append((name, str(path)))
+        return rows
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:16} {value}" for name, value in self._rows())
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+                       f"<td style='text-align:left'>{html.escape(value)}</td></tr>" for name, value in self._rows())
+        image = ""
+        if self.plot.is_file():
+            data = base64.b64encode(self.plot.read_bytes()).decode()
+            image = f"<img alt='loss' style='max-width:640px' src='data:image/png;base64,{data}'>"
+        return f"<table>{rows}</table>{image}"
+
+    def show(self) -> None:
+        """Display it: the table and the curve in a notebook, the text elsewhere."""
+        try:
+            from IPython import get_ipython
+            from IPython.display import display
+        except ImportError:
+            print(self)
+            return
+        if get_ipython() is None:
+            print(self)
+        else:
+            display(self)
