@@ -8,11 +8,12 @@ import json
 import os
 from pathlib import Path
 
-import kjax  # first: it sets up the environment before JAX starts
 from rich.console import Console
 from rich.table import Table
 
+import kjax
 from kjax import gin_config
+from kjax.errors import KjaxError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "experiments/configs/demo.gin"
@@ -63,7 +64,7 @@ def main():
             console.print(f"  {question} -> {reply}", highlight=False)
         run = kjax.train(config, overwrite=True)
         after = replies(base, run.adapter, questions)
-    except kjax.errors.KjaxError as error:
+    except KjaxError as error:
         raise SystemExit(f"demo: {error}") from None
     show(console, questions, before, after)
     shown = {"adapter (PEFT)": run.adapter, "loss plot": run.plot, "log": Path(run.directory) / "trainer_log.jsonl"}

@@ -10,11 +10,14 @@ import statistics
 import sys
 from pathlib import Path
 
-import kjax  # first: it sets up the environment before JAX starts
 from rich.console import Console
 from rich.table import Table
 
+import kjax
 from kjax import gin_config
+from kjax.config import Config
+from kjax.errors import KjaxError
+from kjax.run import Run
 
 
 def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -28,13 +31,13 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def throughput(directory: Path) -> float:
-    """The median speed of the steps in real tokens per second; the first steps compile, the median does not see them."""
+    """The median speed of the steps, in real tokens per second."""
     lines = (directory / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
     speeds = [row["throughput"] for row in map(json.loads, lines) if row.get("throughput")]
     return statistics.median(speeds) if speeds else float("nan")
 
 
-def table(config: kjax.config.Config, run: kjax.run.Run) -> Table:
+def table(config: Config, run: Run) -> Table:
     """The result of one run."""
     rows = Table(title=f"{', '.join(config.lora.targets)} rank {config.lora.rank}: {Path(config.data.dataset).name}")
     for column in ("base", "steps", "loss, first step", "loss, last step", "eval loss before", "eval loss after",
@@ -52,7 +55,7 @@ def main() -> int:
     try:
         config = gin_config.load(args.gin_file, bindings)
         run = kjax.train(config, resume=args.resume, overwrite=args.overwrite)
-    except kjax.errors.KjaxError as error:
+    except KjaxError as error:
         raise SystemExit(f"finetune: {error}") from None
     Console().print(table(config, run))
     print(run)

@@ -1,4 +1,4 @@
-"""Short dialogues made from tables: sums, names, opposites, sounds and tiny stories, so that a small base learns to speak.
+"""Short dialogues made from tables, so that a small base learns to speak: sums, names, opposites, tiny stories.
 
 A conversation is a tuple of turns, user first. `generate` is a function of its random generator alone.
 """
@@ -10,8 +10,8 @@ NAMES = ("Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mia Noah
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
-OPPOSITES = ("big small, hot cold, day night, light dark, fast slow, up down, old new, wet dry, open closed, full empty, "
-             "high low, long short, soft hard, happy sad, rich poor, strong weak, early late, near far, loud quiet, "
+OPPOSITES = ("big small, hot cold, day night, light dark, fast slow, up down, old new, wet dry, open closed, "
+             "full empty, high low, long short, soft hard, happy sad, rich poor, strong weak, early late, near far, loud quiet, "
              "clean dirty, thick thin, heavy light, good bad, left right, first last, sweet bitter, wide narrow")
 SOUNDS = ("cat meow, dog woof, cow moo, sheep baa, duck quack, bee buzz, pig oink, lion roar, owl hoot, frog croak, "
           "mouse squeak, horse neigh, snake hiss, wolf howl, crow caw, chicken cluck")
@@ -30,8 +30,8 @@ HEROES = "cat dog mouse fox bear owl gull whale frog horse rabbit duck boy girl 
 PLACES = ["the sea", "the forest", "the garden", "the market", "the mountain", "the river", "the island", "the city",
           "the beach", "the harbor", "the old tower", "the school"]
 THINGS = "ball shell apple book lamp letter key map boat coin hat flower stone bell rope bottle".split()
-FEELINGS = ["was very happy", "laughed for a long time", "took it home", "gave it to a friend", "kept it for many years",
-            "showed it to everybody", "sang a song about it", "slept well that night"]
+FEELINGS = ["was very happy", "laughed for a long time", "took it home", "gave it to a friend",
+            "kept it for many years", "showed it to everybody", "sang a song about it", "slept well that night"]
 LIKES = ("apples books boats cats dogs music stories rain snow trees flowers fish bread tea "
          "games maps songs horses trains winter summer gardens").split()
 
@@ -74,7 +74,8 @@ def _opposite(rng):
     pair = rng.choice(_pairs(OPPOSITES))
     if pair[1] not in ("light", "short"):  # words with two opposites are asked one way only
         rng.shuffle(pair)
-    question = _pick(rng, "What is the opposite of {}?", "Tell me the opposite of {}.", "Which word is the opposite of {}?")
+    question = _pick(rng, "What is the opposite of {}?", "Tell me the opposite of {}.",
+                     "Which word is the opposite of {}?")
     return question.format(pair[0]), f"The opposite of {pair[0]} is {pair[1]}."
 
 
@@ -145,12 +146,13 @@ def _like(rng):
 def _story(rng):
     hero, adjective = rng.choice(HEROES), rng.choice(ADJECTIVES)
     place, thing, end = rng.choice(PLACES), rng.choice(THINGS), rng.choice(FEELINGS)
-    question = _pick(rng, "Tell me a story about {} {}.", "Can you tell me a story about {} {}?", "Write a story about {} {}.")
+    question = _pick(rng, "Tell me a story about {} {}.", "Can you tell me a story about {} {}?",
+                     "Write a story about {} {}.")
     article = "an" if adjective[0] in "aeiou" else "a"
     look = _pick(rng, "One day", "One morning", "One night", "In the winter")
     return (question.format(f"{article} {adjective}", hero),
-            f"Once there was {article} {adjective} {hero}. {look} the {hero} went to {place} and found {_article(thing)}. "
-            f"The {hero} {end}.")
+            f"Once there was {article} {adjective} {hero}. {look} the {hero} went to {place} and found "
+            f"{_article(thing)}. The {hero} {end}.")
 
 
 def _where(rng):

@@ -1,4 +1,4 @@
-"""Trains a small byte-level BPE tokenizer with DeepSeek's special tokens and a chat template, in the Hugging Face layout."""
+"""Trains a small byte-level BPE tokenizer with DeepSeek's special tokens and a chat template; writes its files."""
 
 import json
 from collections.abc import Iterable
