@@ -11,8 +11,9 @@ NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 OPPOSITES = ("big small, hot cold, day night, light dark, fast slow, up down, old new, wet dry, open closed, "
-             "full empty, high low, long short, soft hard, happy sad, rich poor, strong weak, early late, near far, loud quiet, "
-             "clean dirty, thick thin, heavy light, good bad, left right, first last, sweet bitter, wide narrow")
+             "full empty, high low, long short, soft hard, happy sad, rich poor, strong weak, early late, near far, "
+             "loud quiet, clean dirty, thick thin, heavy light, good bad, left right, first last, "
+             "sweet bitter, wide narrow")
 SOUNDS = ("cat meow, dog woof, cow moo, sheep baa, duck quack, bee buzz, pig oink, lion roar, owl hoot, frog croak, "
           "mouse squeak, horse neigh, snake hiss, wolf howl, crow caw, chicken cluck")
 COLORS = ("the sky: blue, the grass: green, snow: white, a banana: yellow, coal: black, a carrot: orange, milk: white, "
