@@ -5,7 +5,6 @@ Every config in experiments/configs opens with its claim and its command. Names 
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kjax
-from kjax import gin_config
+from kjax import gin_config, log
 from kjax.config import Config
 from kjax.errors import KjaxError
 from kjax.run import Run
@@ -31,10 +30,11 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def throughput(directory: Path) -> float:
-    """The median speed of the steps, in real tokens per second."""
-    lines = (directory / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
-    speeds = [row["throughput"] for row in map(json.loads, lines) if row.get("throughput")]
-    return statistics.median(speeds) if speeds else float("nan")
+    """The median speed of the steps, in real tokens per second; evaluation and compilation are not counted."""
+    steps = [entry for entry in log.read(directory / log.LOG) if "step_seconds" in entry]
+    totals = [0, *(entry["total_tokens"] for entry in steps)]
+    return statistics.median((after - before) / entry["step_seconds"]
+                             for before, after, entry in zip(totals, totals[1:], steps, strict=False))
 
 
 def table(config: Config, run: Run) -> Table:
