@@ -21,11 +21,15 @@ def lengths_ladder(longest: int) -> int:
         step *= 2
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best fit, decreasing: each example goes to the fullest row that still has room for it."""
+def pack(lengths: Sequence[int], capacity: int, draw: Sequence[int]) -> list[list[int]]:
+    """Best fit: each example goes to the fullest row that still has room for it.
+
+    Long examples go first, by decreasing length, as they are hard to place. Those below an eighth of a row fill the
+    gaps in the order of the random numbers `draw`, so that rows mix examples of all lengths.
+    """
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    for example in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for example in sorted(range(len(lengths)), key=lambda i: (-max(lengths[i], capacity // 8), draw[i])):
         at = bisect.bisect_left(room, (lengths[example], -1))
         if at < len(room):
             free, row = room.pop(at)
@@ -35,6 +39,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         rows[row].append(example)
         bisect.insort(room, (free - lengths[example], row))
     return rows
+
+
+def _draw(seed: int, stream: int, count: int) -> np.ndarray:
+    """Random uint64s. Philox's raw stream is specified; the methods of Generator may change between NumPy versions
+    (NEP 19), and a resumed run must see the same rows in the same order."""
+    return np.random.Philox(key=[seed, stream]).random_raw(count)
 
 
 class Batches:
@@ -56,7 +66,7 @@ class Batches:
             raise ValueError(f"an example of {longest} tokens does not fit rows of {max_length}")
         self._ladder = [min(lengths_ladder(n), max_length) for n in lengths]
         if mode == "packed":
-            self._rows = pack(lengths, max_length)
+            self._rows = pack(lengths, max_length, _draw(seed, 0, len(lengths)).tolist())
             self._length = min(lengths_ladder(max(sum(lengths[i] for i in row) for row in self._rows)), max_length)
         else:
             self._rows = [[i] for i in range(len(lengths))]
@@ -72,23 +82,21 @@ class Batches:
         return (self.batch(step) for step in range(len(self)))
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        """Row numbers in the order of an epoch. Grouped: rows of like length are neighbours, their steps shuffled."""
+        """Row numbers in the order of an epoch, -1 for an empty row."""
         if not self._shuffle:
             epoch = 0
         if self._order is None or self._order[0] != epoch:
-            # Philox's raw stream is specified; Generator.permutation may change between NumPy versions (NEP 19),
-            # and a resumed run must see the same order.
-            draw = np.random.Philox(key=[self._seed, epoch]).random_raw(len(self._rows) + len(self))
-            keys = draw[: len(self._rows)] if self._shuffle else np.arange(len(self._rows))
+            count = len(self._rows)
+            draw = _draw(self._seed, 1 + epoch, count + len(self))
+            if not self._shuffle:
+                draw = np.arange(len(draw))
+            order = np.argsort(draw[:count], kind="stable")
+            if self._mode == "grouped":  # rows of like length become neighbours, then the steps are shuffled
+                lengths = np.array([self._ladder[row[0]] for row in self._rows])
+                order = order[np.argsort(lengths[order], kind="stable")]
+            order = np.pad(order, (0, len(self) * self._rows_per_step - count), constant_values=-1)
             if self._mode == "grouped":
-                lengths = [self._ladder[row[0]] for row in self._rows]
-                order = np.lexsort((keys, lengths))
-                steps = np.argsort(draw[len(self._rows):], kind="stable") if self._shuffle else np.arange(len(self))
-                pieces = np.split(order, range(self._rows_per_step, len(order), self._rows_per_step))
-                padded = [np.pad(p, (0, self._rows_per_step - len(p)), constant_values=-1) for p in pieces]
-                order = np.concatenate([padded[step] for step in steps])
-            else:
-                order = np.argsort(keys, kind="stable")
+                order = order.reshape(len(self), -1)[np.argsort(draw[count:], kind="stable")].reshape(-1)
             self._order = (epoch, order)
         return self._order[1]
 
@@ -101,9 +109,7 @@ class Batches:
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """tokens, targets, positions, segments [rows_per_step, T] of a step, counted from 0 over all epochs."""
         rows = self.rows(step)
-        length = self._length
-        if self._mode == "grouped":
-            length = min(lengths_ladder(max(len(row[0].ids) for row in rows)), max(self._ladder))
+        length = self._length_of(rows)
         shape = (self._rows_per_step, length)
         batch = {"tokens": np.zeros(shape, np.int32), "targets": np.full(shape, IGNORE, np.int32),
                  "positions": np.zeros(shape, np.int32), "segments": np.zeros(shape, np.int32)}
@@ -118,7 +124,13 @@ class Batches:
                 begin = end
         return batch
 
+    def _length_of(self, rows: list[list[Example]]) -> int:
+        if self._mode != "grouped":
+            return self._length
+        return min(lengths_ladder(max(len(row[0].ids) for row in rows)), self._length)
+
     def padded_share(self) -> float:
         """Share of positions that hold no token, over the first epoch."""
-        batches = [self.batch(step)["segments"] for step in range(len(self))]
-        return 1 - sum(int((b > 0).sum()) for b in batches) / sum(b.size for b in batches)
+        steps = [self.rows(step) for step in range(len(self))]
+        positions = sum(self._rows_per_step * self._length_of(rows) for rows in steps)
+        return 1 - sum(len(example.ids) for rows in steps for row in rows for example in row) / positions

@@ -31,6 +31,40 @@ class Marks(NamedTuple):
     end: str
 
 
+class Dialogue(NamedTuple):
+    """A conversation on its way: guarded messages, and which of them are replies, and trained."""
+
+    messages: list[dict[str, str]]
+    where: str
+    marks: Marks
+    replies: list[int]
+    trained: list[int]
+
+    def variables(self, prompt: bool, strip: bool | None = None) -> dict:
+        """What the template is given; strip False or True puts marks around trained replies, or within their white
+        space."""
+        messages = self.messages
+        if strip is not None:
+            messages = [dict(m, content=self._marked(m["content"], strip)) if i in self.trained else m
+                        for i, m in enumerate(messages)]
+        return {"messages": messages, "add_generation_prompt": prompt,
+                "generation_start": self.marks.start, "generation_end": self.marks.end}
+
+    def cores(self, strip: bool) -> list[str]:
+        return [self.messages[i]["content"].strip() if strip else self.messages[i]["content"] for i in self.trained]
+
+    def _marked(self, content: str, strip: bool) -> str:
+        core = content.strip() if strip else content
+        return content.replace(core, f"{self.marks.start}{core}{self.marks.end}", 1)
+
+    def unmarked(self, text: str) -> str:
+        return text.replace(self.marks.start, "").replace(self.marks.end, "")
+
+    def spans(self, text: str) -> list[re.Match]:
+        start, end = self.marks.start, self.marks.end
+        return list(re.finditer(f"{start}([^{start}{end}]*){end}", text))
+
+
 class Piece(NamedTuple):
     """A special token (id), or text (id None) with a flag per character: trained or not."""
 
@@ -49,9 +83,11 @@ def render(tokenizer: "Tokenizer", conversations: Sequence[Sequence[Mapping[str,
     with templates.Renderer(tokenizer.template, tokenizer.variables) as renderer:
         for begin in range(0, len(conversations), _CHUNK):
             chunk = zip(conversations[begin:begin + _CHUNK], where[begin:begin + _CHUNK], strict=True)
-            pieces = [_pieces(tokenizer, renderer, conversation, name, train, add_generation_prompt)
-                      for conversation, name in chunk]
-            results += _encode(tokenizer, pieces)
+            dialogues = [_dialogue(tokenizer, conversation, name, train) for conversation, name in chunk]
+            texts = _texts(tokenizer, renderer, dialogues, add_generation_prompt)
+            results += _encode(tokenizer, [
+                _cut(tokenizer, text, dialogue.marks, not renderer.marks_generation, train == "all")
+                for dialogue, text in zip(dialogues, texts, strict=True)])
     return results
 
 
@@ -63,83 +99,87 @@ def end_tokens(tokenizer: "Tokenizer") -> set[int]:
     return {int(ids[i]) for i in last if tokenizer.is_special(int(ids[i]))}
 
 
-def _pieces(tokenizer, renderer: templates.Renderer, conversation, where: str, train: Train, prompt: bool,
-            ) -> list[Piece]:
-    marks = _marks(conversation, where)
-    messages = [dict(m, content=_guarded(m["content"], m["role"], tokenizer, marks.guard)) for m in conversation]
-    replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    trained = [] if train is None else replies[-1:] if train == "last" else replies
-
-    def run(messages) -> str:
-        return renderer.render({"messages": messages, "add_generation_prompt": prompt,
-                                "generation_start": marks.start, "generation_end": marks.end}, where)
-
-    text = run(messages)
-    if not trained:
-        text = text.replace(marks.start, "").replace(marks.end, "")
-    elif renderer.marks_generation:
-        text = _check_spans(tokenizer, text, messages, replies, trained, marks, where)
-    else:
-        text = _mark_replies(tokenizer, text, run, messages, trained, marks, where)
-    return _cut(tokenizer, text, marks, take_end=not renderer.marks_generation, everything=train == "all")
-
-
-def _marks(conversation, where: str) -> Marks:
+def _dialogue(tokenizer, conversation, where: str, train: Train) -> Dialogue:
+    for number, message in enumerate(conversation, 1):
+        if set(message) != {"role", "content"} or message["role"] not in ("system", "user", "assistant"):
+            raise DataError(f"{where}: message {number} must have a role (system, user or assistant) and content, "
+                            f"nothing else; it has {dict(message)!r:.120}")
+        if not isinstance(message["content"], str):
+            raise DataError(f"{where}: message {number}: content must be text, not {message['content']!r:.40}")
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: message {number} holds half of a surrogate pair") from error
     used = set().union(*(m["content"] for m in conversation))
     free = [c for c in _NONCHARACTERS if c not in used]
     if len(free) < len(Marks._fields):
         raise DataError(f"{where}: the messages use nearly all of the noncharacters U+FDD0 to U+FDEF, which Unicode "
                         "keeps for internal use")
-    return Marks(*free[: len(Marks._fields)])
+    marks = Marks(*free[: len(Marks._fields)])
+    messages = [dict(m, content=_guarded(tokenizer, m["content"], m["role"], marks.guard)) for m in conversation]
+    replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    trained = [] if train is None else replies[-1:] if train == "last" else replies
+    return Dialogue(messages, where, marks, replies, trained)
 
 
-def _guarded(content: str, role: str, tokenizer, guard: str) -> str:
+def _guarded(tokenizer, content: str, role: str, guard: str) -> str:
     """A guard behind every character with which a special token begins; a reply may write <think> itself."""
-    allowed = [re.escape(t) for t in _THINK if t in tokenizer.specials] if role == "assistant" else []
-    first = {re.escape(text[0]) for text in tokenizer.specials}
-    if not first:
+    if not tokenizer.openers:
         return content
-    return re.sub("|".join([*allowed, *sorted(first)]), lambda m: m[0] if len(m[0]) > 1 else m[0] + guard, content)
+    allowed = [text for text in _THINK if text in tokenizer.specials] if role == "assistant" else []
+    pattern = "|".join([*allowed, f"[{re.escape(tokenizer.openers)}]"])
+    return re.sub(pattern, lambda m: m[0] if len(m[0]) > 1 else m[0] + guard, content)
 
 
-def _check_spans(tokenizer, text: str, messages, replies, trained, marks: Marks, where: str) -> str:
+def _texts(tokenizer, renderer: templates.Renderer, dialogues: list[Dialogue], prompt: bool) -> list[str]:
+    """Rendered text of each dialogue with marks around what is trained."""
+    where = [d.where for d in dialogues]
+    plain = renderer.render([d.variables(prompt) for d in dialogues], where)
+    if renderer.marks_generation:
+        return [_check_spans(tokenizer, d, text) if d.trained else d.unmarked(text)
+                for d, text in zip(dialogues, plain, strict=True)]
+    marked = renderer.render([d.variables(prompt, strip=False) for d in dialogues], where)
+    return [text if _faithful(d, text, bare, strip=False) else _mark_inside(tokenizer, renderer, d, bare, prompt)
+            for d, text, bare in zip(dialogues, marked, plain, strict=True)]
+
+
+def _check_spans(tokenizer, dialogue: Dialogue, text: str) -> str:
     """The template's own marks: one span per reply, with all of its text; marks of untrained replies are dropped."""
-    spans = list(re.finditer(f"{marks.start}([^{marks.start}{marks.end}]*){marks.end}", text))
-    if len(spans) != len(replies) or text.count(marks.start) != len(spans) or text.count(marks.end) != len(spans):
-        raise DataError(f"{where}: chat template {tokenizer.template.name} marks {len(spans)} generated passages for "
-                        f"{len(replies)} replies; a trained reply needs one generation block")
+    spans, marks = dialogue.spans(text), dialogue.marks
+    if {text.count(marks.start), text.count(marks.end), len(spans)} != {len(dialogue.replies)}:
+        raise DataError(f"{dialogue.where}: chat template {tokenizer.template.name} marks {len(spans)} generated "
+                        f"passages for {len(dialogue.replies)} replies; a trained reply needs one generation block")
     pieces, position = [], 0
-    for reply, span in zip(replies, spans, strict=True):
-        content = messages[reply]["content"].strip()
-        if reply in trained and content not in span[1]:
-            raise _dropped(tokenizer, content, where)
-        pieces += [text[position:span.start()], span[0] if reply in trained else span[1]]
+    for reply, span in zip(dialogue.replies, spans, strict=True):
+        content = dialogue.messages[reply]["content"].strip()
+        if reply in dialogue.trained and content not in span[1]:
+            raise _dropped(tokenizer, dialogue, content)
+        pieces += [text[position:span.start()], span[0] if reply in dialogue.trained else span[1]]
         position = span.end()
     return "".join([*pieces, text[position:]])
 
 
-def _mark_replies(tokenizer, plain: str, run, messages, trained, marks: Marks, where: str) -> str:
-    """Marks around the trained replies of a template without its own.
-
-    The marked text must equal the plain one but for the marks, with every reply whole between its two: then the
-    template neither drops nor changes what it is given. A template that strips white space gets the marks inside it.
-    """
-    for strip in (False, True):
-        cores = {i: messages[i]["content"].strip() if strip else messages[i]["content"] for i in trained}
-        marked = run([dict(m, content=m["content"].replace(cores[i], f"{marks.start}{cores[i]}{marks.end}", 1))
-                      if i in trained else m for i, m in enumerate(messages)])
-        spans = re.findall(f"{marks.start}([^{marks.start}{marks.end}]*){marks.end}", marked)
-        if spans == list(cores.values()) and marked.replace(marks.start, "").replace(marks.end, "") == plain:
-            return marked
-    lost = next((messages[i]["content"].strip() for i in trained if messages[i]["content"].strip() not in plain),
-                messages[trained[0]]["content"])
-    raise _dropped(tokenizer, lost.replace(marks.guard, ""), where)
+def _faithful(dialogue: Dialogue, marked: str, plain: str, strip: bool) -> bool:
+    """Marks around the replies of a template without its own: but for them the text is the plain one, and every reply
+    stands whole between its two. Then the template neither drops nor changes what it is given."""
+    return ([span[1] for span in dialogue.spans(marked)] == dialogue.cores(strip)
+            and dialogue.unmarked(marked) == plain)
 
 
-def _dropped(tokenizer, content: str, where: str) -> DataError:
+def _mark_inside(tokenizer, renderer: templates.Renderer, dialogue: Dialogue, plain: str, prompt: bool) -> str:
+    """A template that strips white space from replies gets the marks within it; any other loses text."""
+    marked = renderer.render([dialogue.variables(prompt, strip=True)], [dialogue.where])[0]
+    if _faithful(dialogue, marked, plain, strip=True):
+        return marked
+    cores = dialogue.cores(strip=True)
+    raise _dropped(tokenizer, dialogue, next((core for core in cores if core not in plain), cores[0]))
+
+
+def _dropped(tokenizer, dialogue: Dialogue, content: str) -> DataError:
     name = templates.suggestion(tokenizer.specials)
-    way = f"data.template = {name!r}, which keeps it" if name else "a template that keeps it in data.template"
-    return DataError(f"{where}: chat template {tokenizer.template.name} drops or changes part of the reply "
+    way = f"data.template = {name!r}, which keeps it" if name else "data.template to a template that keeps it"
+    content = content.replace(dialogue.marks.guard, "")
+    return DataError(f"{dialogue.where}: chat template {tokenizer.template.name} drops or changes part of the reply "
                      f"{content[:40]!r}..., which would then not be trained; set {way}")
 
 

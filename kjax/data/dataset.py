@@ -1,8 +1,8 @@
 """From settings to token rows: what is trained, what was cut, and a hash that names it."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,12 +15,15 @@ from kjax.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Example:
-    """One dialogue as ids [n] int32 and trained [n] bool; `length` is what it had before it was cut."""
+    """One dialogue as ids [n] int32 and trained [n] bool, into which it unpacks; `length` is what it was uncut."""
 
     ids: np.ndarray
     trained: np.ndarray
     where: str
     length: int
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter((self.ids, self.trained))
 
     @property
     def targets(self) -> int:
@@ -32,7 +35,8 @@ class Example:
 class Report:
     """Counts over the rows that are kept, and of those that are not.
 
-    histogram maps an upper bound to the number of rows of at most that many tokens, before cutting.
+    histogram maps an upper bound to the number of rows of at most that many tokens, before cutting; shared_prompts
+    counts the rows of an evaluation set whose prompt the training set has too.
     """
 
     rows: int
@@ -43,6 +47,7 @@ class Report:
     dropped_where: tuple[str, ...]
     max_length: int
     histogram: Mapping[int, int] = field(hash=False)
+    shared_prompts: int = 0
 
     @property
     def truncated_share(self) -> float:
@@ -77,7 +82,13 @@ def load(settings: config.Data, tokenizer: Tokenizer, seed: int = 0) -> tuple[Da
         held = formats.load_conversations(settings.eval_dataset or settings.dataset, settings, settings.eval_select)
     else:
         train, held = split(train, settings.val_size, seed)
-    return tokenize(train, tokenizer, settings), tokenize(held, tokenizer, settings) if held else None
+    dataset = tokenize(train, tokenizer, settings)
+    if not held:
+        return dataset, None
+    seen = {conversation.prompt for conversation in train}
+    evaluation = tokenize(held, tokenizer, settings)
+    shared = sum(conversation.prompt in seen for conversation in held)
+    return dataset, replace(evaluation, report=replace(evaluation.report, shared_prompts=shared))
 
 
 def split(conversations: Sequence[Conversation], size: float, seed: int,

@@ -105,7 +105,7 @@ def _default_columns(name: str, rows: list[Row]) -> dict[str, str]:
     if name == "alpaca":
         columns |= {c: c for c in ("history", "system") if c in there}
     elif columns["messages"] not in there:
-        columns |= {"messages": c for c in ("messages", "conversations") if c in there}
+        columns["messages"] = next((c for c in ("messages", "conversations") if c in there), columns["messages"])
     return columns | {c: c for c in ("system",) if c in there}
 
 

@@ -1,9 +1,10 @@
 """The program of the process that renders chat templates: code from strangers runs apart, sandboxed and bounded.
 
 It speaks JSON lines. The first line names the template, its variables and the limits; the reply says whether the
-template marks generated text. Each further line is a conversation; the reply is its text, or an error. Processor time
-is bounded by a timer whose signal ends the process even inside a single long operation, memory by the address space,
-so that the parent sees the end of the pipe and nothing outlives a runaway template. It imports nothing of kjax.
+template marks generated text. Each further line is a list of dialogues; the reply is a line for each, its text or an
+error. Processor time is bounded by a timer whose signal ends the process even inside a single long operation, memory
+by the address space, so that the parent sees the end of the pipe and nothing outlives a runaway template. It imports
+nothing of kjax.
 """
 
 import json
@@ -60,8 +61,13 @@ def _render(template, variables: dict, limit: int) -> str:
 
 def main():
     """Serves one template until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # to end the process; a parent may have left it ignored or blocked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     setup = json.loads(sys.stdin.readline())
-    resource.setrlimit(resource.RLIMIT_AS, (setup["memory"], setup["memory"]))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    memory = setup["memory"] if hard == resource.RLIM_INFINITY else min(setup["memory"], hard)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     def answer(work):
@@ -69,7 +75,7 @@ def main():
         try:
             reply = work()
         except MemoryError:
-            reply = {"error": f"needs more than {setup['memory'] >> 20} MiB"}
+            reply = {"error": f"needs more than {memory >> 20} MiB"}
         except Exception as error:  # whatever a template provokes is its author's error, to be reported as such
             line = getattr(error, "lineno", None)
             reply = {"error": f"{type(error).__name__}: {str(error)[:500]}" + (f" (line {line})" if line else "")}
@@ -86,9 +92,9 @@ def main():
 
     answer(compile_template)
     for line in sys.stdin:
-        request = json.loads(line)
-        answer(lambda request=request: {
-            "text": _render(template, setup["variables"] | request["variables"], request["limit"])})
+        for request in json.loads(line):
+            answer(lambda request=request: {
+                "text": _render(template, setup["variables"] | request["variables"], request["limit"])})
 
 
 if __name__ == "__main__":

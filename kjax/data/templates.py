@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ WALL_SECONDS = 60.0  # of silence; only for a machine so busy that 2 s of proces
 MEMORY = 1 << 30
 OUTPUT_CHARACTERS = 1 << 20  # beside 16 times the conversation's own length
 
-_DIRECTORY = Path(__file__).parent / "templates"
+_DIRECTORY = Path(__file__).parent / "chat_templates"
 _ALIASES = {"deepseek": "deepseek2"}  # LLaMA-Factory's name for the DeepSeek-V2 dialogue
 # The special tokens without which a packaged template would come out as ordinary text.
 _REQUIRED = {
@@ -120,18 +120,21 @@ class Renderer:
             except BrokenPipeError:  # a line that the process did not live to read
                 pass
 
-    def render(self, variables: Mapping, where: str) -> str:
-        """The text of one conversation; `where` names it in errors."""
-        line = json.dumps(dict(variables))
-        limit = OUTPUT_CHARACTERS + 16 * len(line)
-        self._limit = 12 * limit + 1024  # JSON may write a character beyond the basic plane as 12
-        self._send({"variables": dict(variables), "limit": limit})
-        reply = self._receive(f" on {where}")
-        if "error" in reply:
-            raise DataError(f"chat template {self.template.name} fails on {where}: {reply['error']}")
-        return reply["text"]
+    def render(self, requests: Sequence[Mapping], where: Sequence[str]) -> list[str]:
+        """The text of each request, a template's variables; where[i] names request i in errors."""
+        limits = [OUTPUT_CHARACTERS + 16 * len(json.dumps(dict(request))) for request in requests]
+        self._limit = 12 * max(limits, default=0) + 1024  # JSON may write a character beyond the basic plane as 12
+        # One line for all: the process reads it whole before it answers, so that neither side waits for the other.
+        self._send([{"variables": dict(r), "limit": limit} for r, limit in zip(requests, limits, strict=True)])
+        texts = []
+        for name in where:
+            reply = self._receive(f" on {name}")
+            if "error" in reply:
+                raise DataError(f"chat template {self.template.name} fails on {name}: {reply['error']}")
+            texts.append(reply["text"])
+        return texts
 
-    def _send(self, request: dict):
+    def _send(self, request):
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()

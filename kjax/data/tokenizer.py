@@ -1,5 +1,6 @@
 """The tokenizer of a model directory: ordinary text and special tokens are kept apart from the first byte."""
 
+import functools
 import hashlib
 import json
 import re
@@ -45,6 +46,7 @@ class Tokenizer:
         self.bos_id = self.specials[bos].id if bos in self.specials else None
         self.add_bos = add_bos and self.bos_id is not None
         self.eos_ids = frozenset(stops)
+        self.openers = "".join(sorted({text[0] for text in self.specials}))  # characters that begin a special token
         self._patterns: dict[str, re.Pattern] = {}
         self._text_of = {special.id: text for text, special in self.specials.items()}
         self._check()
@@ -54,7 +56,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path, template: str | None = None) -> "Tokenizer":
-        """Reads tokenizer.json or tiktoken.model; `template` is a packaged name or .jinja file, None the model's own."""
+        """Reads tokenizer.json or tiktoken.model; `template`: a packaged name or .jinja file; None: the model's own."""
         directory = Path(directory)
         settings = _json(directory / "tokenizer_config.json", {})
         if (directory / "tokenizer.json").is_file():
@@ -105,7 +107,8 @@ class Tokenizer:
     def special_pattern(self, guard: str) -> re.Pattern:
         """Finds special tokens in rendered text, longest first, except where the guard character breaks them."""
         if guard not in self._patterns:
-            expressions = [(r"\s*" if s.lstrip else "") + re.escape(text) + f"(?!{guard})" + (r"\s*" if s.rstrip else "")
+            space = {True: r"\s*", False: ""}
+            expressions = [space[s.lstrip] + re.escape(text) + f"(?!{guard})" + space[s.rstrip]
                            for text, s in sorted(self.specials.items(), key=lambda item: -len(item[0]))]
             self._patterns[guard] = re.compile("|".join(expressions) or r"(?!)")
         return self._patterns[guard]
@@ -126,12 +129,16 @@ class Tokenizer:
         return chat.render(self, conversations, where, train, False)
 
     @property
+    def chat_template(self) -> str | None:
+        """Jinja source, to be kept with an adapter: it belongs to what was trained."""
+        return self.template.source if self.template else None
+
+    @functools.cached_property
     def hash(self) -> str:
         """SHA-256 over vocabulary, special tokens and template: equal hashes give equal ids."""
         digest = hashlib.sha256(self.bpe.to_str().encode())
         digest.update(json.dumps([sorted((t, s.id, s.lstrip, s.rstrip) for t, s in self.specials.items()),
-                                  self.template.source if self.template else None,
-                                  self.variables, self.add_bos], sort_keys=True).encode())
+                                  self.chat_template, self.variables, self.add_bos], sort_keys=True).encode())
         return digest.hexdigest()
 
 
