@@ -1,0 +1,284 @@
+// The module kjax._ext: arguments in, GIL released, exceptions out; no arithmetic.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+
+#include <memory>
+#include <set>
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "experts.h"
+#include "ffi.h"
+#include "stash.h"
+#include "store.h"
+#include "text.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+
+namespace kjax {
+namespace {
+
+using Array = nb::ndarray<nb::ro, nb::device::cpu>;
+
+// The array's memory after checking its type, shape (-1: any) and contiguity.
+template <class T>
+const T* data(const char* name, const Array& array, std::initializer_list<int64_t> shape) {
+  if (array.dtype() != nb::dtype<T>())
+    throw std::invalid_argument(text(name, " must be ", nb::dtype<T>().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) ? "float"
+                                     : nb::dtype<T>().code == static_cast<uint8_t>(nb::dlpack::dtype_code::UInt) ? "uint" : "int",
+                                     sizeof(T) * 8));
+  bool fits = array.ndim() == shape.size();
+  int64_t stride = 1;
+  for (size_t i = array.ndim(); fits && i-- > 0;) {
+    const int64_t want = *(shape.begin() + i);
+    fits = want < 0 || static_cast<int64_t>(array.shape(i)) == want;
+    if (array.size() > 0 && array.shape(i) > 1 && array.stride(i) != stride) throw std::invalid_argument(text(name, " must be C-contiguous"));
+    stride *= static_cast<int64_t>(array.shape(i));
+  }
+  if (!fits) {
+    std::string wanted, got;
+    for (int64_t n : shape) wanted += text(wanted.empty() ? "" : ", ", n < 0 ? std::string("any") : std::to_string(n));
+    for (size_t i = 0; i < array.ndim(); ++i) got += text(i ? ", " : "", array.shape(i));
+    throw std::invalid_argument(text(name, " has shape [", got, "], expected [", wanted, "]"));
+  }
+  return static_cast<const T*>(array.data());
+}
+
+// bf16 travels as uint16.
+Dtype number_type(const char* name, const Array& array) {
+  if (array.dtype() == nb::dtype<uint16_t>()) return Dtype::kBf16;
+  if (array.dtype() == nb::dtype<float>()) return Dtype::kFp32;
+  throw std::invalid_argument(text(name, " must be uint16 (the bits of bfloat16) or float32"));
+}
+
+const void* numbers(const char* name, const Array& array, Dtype type, std::initializer_list<int64_t> shape) {
+  if (type == Dtype::kBf16) return data<uint16_t>(name, array, shape);
+  return data<float>(name, array, shape);
+}
+
+// A new numpy array and its memory.
+struct Fresh {
+  nb::object array;
+  void* data;
+};
+Fresh fresh(nb::dlpack::dtype type, std::initializer_list<size_t> shape) {
+  size_t bytes = type.bits / 8;
+  for (size_t n : shape) bytes *= n;
+  auto memory = std::make_unique<uint8_t[]>(bytes);
+  void* const data = memory.get();
+  nb::capsule owner(memory.release(), [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+  nb::ndarray<nb::numpy> array(data, shape, owner, {}, type);
+  return {nb::cast(array), data};
+}
+nb::dlpack::dtype dtype_of(Dtype type) { return type == Dtype::kBf16 ? nb::dtype<uint16_t>() : nb::dtype<float>(); }
+
+Call make_call(int64_t store, int64_t layer, const Array& x, const Array& idx, const Array& gate) {
+  const Dtype type = number_type("x", x);
+  const void* rows = numbers("x", x, type, {-1, -1});
+  const int64_t tokens = static_cast<int64_t>(x.shape(0));
+  const int32_t* routes = data<int32_t>("idx", idx, {tokens, -1});
+  const int64_t per_token = static_cast<int64_t>(idx.shape(1));
+  return {store, layer, tokens, static_cast<int64_t>(x.shape(1)), per_token, type, rows, routes, data<float>("gate", gate, {tokens, per_token})};
+}
+
+nb::object forward(int64_t store, int64_t layer, const Array& x, const Array& idx, const Array& gate, bool keep) {
+  const Call call = make_call(store, layer, x, idx, gate);
+  const Fresh y = fresh(dtype_of(call.dtype), {x.shape(0), x.shape(1)});
+  int32_t slip;
+  {
+    nb::gil_scoped_release release;
+    slip = experts_forward(call, keep, y.data);
+  }
+  return nb::make_tuple(y.array, slip);
+}
+
+nb::object backward(int64_t store, int64_t layer, int32_t slip, const Array& x, const Array& idx, const Array& gate, const Array& dy) {
+  const Call call = make_call(store, layer, x, idx, gate);
+  const void* const cotangent = numbers("dy", dy, call.dtype, {call.tokens, call.width});
+  const Fresh dx = fresh(dtype_of(call.dtype), {x.shape(0), x.shape(1)});
+  const Fresh dgate = fresh(nb::dtype<float>(), {idx.shape(0), idx.shape(1)});
+  {
+    nb::gil_scoped_release release;
+    experts_backward(call, slip, cotangent, dx.data, static_cast<float*>(dgate.data));
+  }
+  return nb::make_tuple(dx.array, dgate.array);
+}
+
+thread_local bool holds_gil = false;  // set where a store's Python objects may be let go of at once
+
+// Lets go of a Python object from any thread: the last call over a closed store may end on one of XLA's.
+void release_object(PyObject* object) {
+  if (!Py_IsInitialized()) return;
+  const auto release = [](void* held) {
+    Py_DECREF(static_cast<PyObject*>(held));
+    return 0;
+  };
+  if (holds_gil) release(object);
+  else Py_AddPendingCall(release, object);
+}
+
+// Python's side of a store: the open handle.
+class Handle {
+ public:
+  Handle(int layers, int experts, int64_t width, int64_t hidden, const std::string& format) {
+    chosen();        // an unusable KJAX_ISA or KJAX_THREADS shows here, before anything is mapped
+    thread_count();
+    store_ = std::make_shared<Store>(layers, experts, width, hidden, parse_format(format));
+    kept_ = std::shared_ptr<PyObject>(nb::list().release().ptr(), release_object);
+    id_ = register_store(store_);
+  }
+  ~Handle() { close(); }
+  Handle(const Handle&) = delete;
+
+  int id() const { return store_ ? id_ : -1; }
+  void close() {
+    if (!store_) return;
+    holds_gil = true;
+    store_.reset();
+    kept_.reset();
+    close_store(id_);
+    holds_gil = false;
+  }
+  Store& get() const {
+    if (!store_) throw std::invalid_argument(text("expert store ", id_, " is closed"));
+    return *store_;
+  }
+
+  int add_buffer(const Array& bytes) {
+    const uint8_t* const at = data<uint8_t>("buffer", bytes, {-1});
+    Store& store = get();
+    nb::borrow<nb::list>(kept_.get()).append(bytes);
+    return store.add_buffer(std::shared_ptr<const uint8_t>(kept_, at), bytes.shape(0));
+  }
+
+  void place(int layer, int projection, const Array& buffer, const Array& offset, const std::optional<Array>& scale_buffer,
+             const std::optional<Array>& scale_offset) {
+    Store& store = get();
+    if (scale_buffer.has_value() != scale_offset.has_value()) throw std::invalid_argument("scale_buffer and scale_offset go together");
+    store.place(layer, projection, data<int32_t>("buffer", buffer, {store.experts}), data<int64_t>("offset", offset, {store.experts}),
+                scale_buffer ? data<int32_t>("scale_buffer", *scale_buffer, {store.experts}) : nullptr,
+                scale_offset ? data<int64_t>("scale_offset", *scale_offset, {store.experts}) : nullptr);
+  }
+
+  nb::object decode(int layer, int expert, int projection) const {
+    const std::shared_ptr<Store> store = (get(), store_);
+    const bool down = projection == kDown;
+    const Fresh out = fresh(nb::dtype<float>(), {static_cast<size_t>(down ? store->width : store->hidden), static_cast<size_t>(down ? store->hidden : store->width)});
+    {
+      nb::gil_scoped_release release;
+      store->decode(layer, expert, projection, static_cast<float*>(out.data));
+    }
+    return out.array;
+  }
+
+  nb::list nonfinite(int layer) const {
+    const std::shared_ptr<Store> store = (get(), store_);
+    std::vector<std::pair<int, int>> found;
+    {
+      nb::gil_scoped_release release;
+      found = store->nonfinite(layer);
+    }
+    nb::list out;
+    for (const auto& [expert, projection] : found) out.append(nb::make_tuple(expert, projection));
+    return out;
+  }
+
+  nb::dict stats() const {
+    const Stats& s = get().stats;
+    nb::dict out;
+    out["forward"] = s.forward.load();
+    out["backward"] = s.backward.load();
+    out["recomputed"] = s.recomputed.load();
+    out["tokens"] = s.tokens.load();
+    out["routes"] = s.routes.load();
+    out["forward_seconds"] = s.forward_ns.load() * 1e-9;
+    out["backward_seconds"] = s.backward_ns.load() * 1e-9;
+    return out;
+  }
+  void reset_stats() const {
+    Stats& s = get().stats;
+    for (auto* counter : {&s.forward, &s.backward, &s.recomputed, &s.tokens, &s.routes, &s.forward_ns, &s.backward_ns}) *counter = 0;
+  }
+
+ private:
+  std::shared_ptr<Store> store_;
+  std::shared_ptr<PyObject> kept_;  // a list of the buffers, shared with the store's own references to their memory
+  int id_ = -1;
+};
+
+nb::dict isa() {
+  const Chosen& now = chosen();
+  nb::dict available, out;
+  for (const auto& [name, reason] : available_isas(cpu_features())) available[name.c_str()] = reason;
+  out["name"] = now.kernels->name;
+  out["reason"] = now.reason;
+  out["available"] = available;
+  return out;
+}
+
+size_t set_stash_budget(std::optional<int64_t> bytes) {
+  if (bytes && *bytes < 0) throw std::invalid_argument(text("stash budget ", *bytes, " is negative"));
+  if (bytes) stash_set_budget(static_cast<size_t>(*bytes));
+  return stash_budget();
+}
+
+}  // namespace
+
+NB_MODULE(_ext, m) {
+  m.doc() = "SwiGLU experts on the host over checkpoint bytes. Arrays are C-contiguous; bfloat16 travels as uint16.";
+
+  nb::class_<Handle>(m, "Store", "Where the expert projections of every layer lie; format is \"bf16\" or \"fp32\".")
+      .def(nb::init<int, int, int64_t, int64_t, const std::string&>(), nb::arg("layers"), nb::arg("experts"), nb::arg("width"), nb::arg("hidden"),
+           nb::arg("format"))
+      .def("add_buffer", &Handle::add_buffer, nb::arg("bytes"),
+           "Keeps a reference to a uint8 array and returns its number; nothing is copied.")
+      .def("place", &Handle::place, nb::arg("layer"), nb::arg("projection"), nb::arg("buffer"), nb::arg("offset"),
+           nb::arg("scale_buffer").none() = nb::none(), nb::arg("scale_offset").none() = nb::none(),
+           "Projection 0 (gate), 1 (up) or 2 (down) of all experts of a layer: int32 [E] buffers, int64 [E] byte offsets.")
+      .def("decode", &Handle::decode, nb::arg("layer"), nb::arg("expert"), nb::arg("projection"), "One projection as float32 [rows, cols].")
+      .def("nonfinite", &Handle::nonfinite, nb::arg("layer"), "[(expert, projection)] that hold a NaN or an infinity.")
+      .def("stats", &Handle::stats)
+      .def("reset_stats", &Handle::reset_stats)
+      .def("close", &Handle::close)
+      .def_prop_ro("id", &Handle::id);
+
+  m.def("forward", &forward, nb::arg("store"), nb::arg("layer"), nb::arg("x"), nb::arg("idx"), nb::arg("gate"), nb::arg("keep"),
+        "x [N, D], idx int32 [N, K] (-1: none), gate float32 [N, K] -> (y [N, D], slip; 0 without keep).");
+  m.def("backward", &backward, nb::arg("store"), nb::arg("layer"), nb::arg("slip"), nb::arg("x"), nb::arg("idx"), nb::arg("gate"), nb::arg("dy"),
+        "-> (dx [N, D], dgate float32 [N, K]).");
+  m.def("stash_budget", &set_stash_budget, nb::arg("bytes").none() = nb::none(), "The stash's limit in bytes, after setting it if given.");
+  m.def("stash_stats", [] {
+    const StashStats s = kjax::stash_stats();
+    nb::dict out;
+    out["entries"] = s.entries;
+    out["bytes"] = s.bytes;
+    out["hits"] = s.hits;
+    out["misses"] = s.misses;
+    out["evicted"] = s.evicted;
+    return out;
+  });
+  m.def("stash_clear", [](std::optional<int> store) { kjax::stash_clear(store); }, nb::arg("store_id").none() = nb::none());
+  m.def("isa", &isa, "{name, reason, available: {isa: \"\" or why not}}.");
+  m.def("choose_isa", [](nb::iterable features, const std::optional<std::string>& override_name) {
+    std::set<std::string> names;
+    for (nb::handle feature : features) names.insert(nb::cast<std::string>(feature));
+    return choose_isa(names, override_name.value_or(""));
+  }, nb::arg("features"), nb::arg("override").none() = nb::none(), "(name, reason) for a CPU with these features.");
+  m.def("force_isa", [](const std::optional<std::string>& name) { force_isa(name.value_or("")); }, nb::arg("name").none() = nb::none(),
+        "Other kernels from now on, for comparing them; None returns to the default.");
+  m.def("threads", &thread_count, "Threads a call runs on.");
+  m.def("cgroup_cpu_quota", &cgroup_cpu_quota, nb::arg("root"), "Cores granted by the control-group files below a root directory; 0: no limit.");
+  m.def("cancel", &cancel, nb::arg("on"), "Running and later calls fail between tasks until it is switched off.");
+  m.def("ffi_targets", [] {
+    nb::dict out;
+    out["kjax_experts_forward"] = nb::capsule(ffi_forward_handler());
+    out["kjax_experts_backward"] = nb::capsule(ffi_backward_handler());
+    return out;
+  });
+}
+
+}  // namespace kjax

@@ -1,0 +1,156 @@
+// CPU detection and the tables of kernels it leads to.
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+
+#include "text.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace kjax {
+namespace {
+
+struct Isa {
+  const char* name;
+  std::vector<std::string> needs;
+  const FloatKernels* floats;  // null: those of the ISA below
+  const Gemm* bf16;            // replaces the float products for formats computed in bf16
+  bool built;
+};
+
+// Best first; each also runs what the ones below it run.
+const std::vector<Isa>& isas() {
+  static const std::vector<std::string> avx512 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"};
+  static const std::vector<std::string> avx512bf16 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"};
+  static const std::vector<Isa> all = {
+#if defined(KJAX_AVX512BF16)
+      {"avx512bf16", avx512bf16, nullptr, &kAvx512Bf16Gemm, true},
+#else
+      {"avx512bf16", avx512bf16, nullptr, nullptr, false},
+#endif
+#if defined(KJAX_X86)
+      {"avx512", avx512, &kAvx512Kernels, nullptr, true},
+      {"avx2", {"avx2", "fma"}, &kAvx2Kernels, nullptr, true},
+#else
+      {"avx512", avx512, nullptr, nullptr, false},
+      {"avx2", {"avx2", "fma"}, nullptr, nullptr, false},
+#endif
+      {"scalar", {}, &kScalarKernels, nullptr, true},
+  };
+  return all;
+}
+
+std::string why_not(const Isa& isa, const std::set<std::string>& features) {
+  std::string missing;
+  for (const std::string& need : isa.needs)
+    if (!features.count(need)) missing += (missing.empty() ? "" : ", ") + need;
+  if (!missing.empty()) return "this CPU lacks " + missing;
+  return isa.built ? "" : "left out of this build: the compiler or architecture cannot make it";
+}
+
+Kernels assemble(const std::string& name) {
+  Kernels kernels{name, {}, nullptr};
+  bool reached = false;
+  for (const Isa& isa : isas()) {
+    reached |= name == isa.name;
+    if (!reached) continue;
+    if (isa.floats && !kernels.elementwise) kernels.elementwise = &isa.floats->elementwise;
+    for (const Gemm* gemm : {isa.bf16, isa.floats ? &isa.floats->gemm : nullptr})
+      for (int format = 0; gemm && format < kFormats; ++format)
+        if (!kernels.gemm[format] && gemm->along[format]) kernels.gemm[format] = gemm;
+  }
+  return kernels;
+}
+
+}  // namespace
+
+std::set<std::string> cpu_features() {
+  std::set<std::string> found;
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
+  const bool fma = c >> 12 & 1, xsave = c >> 27 & 1;
+  if (!xsave) return found;  // without it the operating system saves no vector register
+  unsigned xcr0, xcr0_high;
+  __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(xcr0_high) : "c"(0));
+  const bool ymm = (xcr0 & 0x6) == 0x6, zmm = (xcr0 & 0xe6) == 0xe6;
+  if (ymm && fma) found.insert("fma");
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
+  if (ymm && (b >> 5 & 1)) found.insert("avx2");
+  const struct {
+    bool set;
+    const char* name;
+  } wide[] = {{static_cast<bool>(b >> 16 & 1), "avx512f"},  {static_cast<bool>(b >> 17 & 1), "avx512dq"},
+              {static_cast<bool>(b >> 30 & 1), "avx512bw"}, {static_cast<bool>(b >> 31 & 1), "avx512vl"},
+              {static_cast<bool>(c >> 1 & 1), "avx512_vbmi"}};
+  for (const auto& feature : wide)
+    if (zmm && feature.set) found.insert(feature.name);
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && zmm && (a >> 5 & 1)) found.insert("avx512_bf16");
+#endif
+  return found;
+}
+
+std::vector<std::pair<std::string, std::string>> available_isas(const std::set<std::string>& features) {
+  std::vector<std::pair<std::string, std::string>> all;
+  for (const Isa& isa : isas()) all.emplace_back(isa.name, why_not(isa, features));
+  return all;
+}
+
+std::pair<std::string, std::string> choose_isa(const std::set<std::string>& features, const std::string& override_name) {
+  std::string usable, passed_over;
+  for (const auto& [name, reason] : available_isas(features))
+    if (reason.empty()) usable += (usable.empty() ? "" : ", ") + name;
+  for (const auto& [name, reason] : available_isas(features)) {
+    if (override_name.empty()) {
+      if (reason.empty()) return {name, passed_over.empty() ? "the best kjax has" : passed_over};
+      passed_over = text(passed_over, passed_over.empty() ? "" : "; ", name, ": ", reason);
+    } else if (override_name == name) {
+      if (reason.empty()) return {name, "asked for by KJAX_ISA"};
+      throw std::invalid_argument(text("KJAX_ISA=", name, ": ", reason, "; available here: ", usable));
+    }
+  }
+  throw std::invalid_argument(text("KJAX_ISA=", override_name, " is not an instruction set kjax knows; available here: ", usable));
+}
+
+namespace {
+
+std::mutex chosen_mutex;
+std::atomic<const Chosen*> chosen_now{nullptr};
+
+// Choices live for the whole process, because calls in flight may use one that was replaced.
+const Chosen* choose(const std::string& override_name) {
+  static std::map<std::string, std::unique_ptr<const Kernels>> tables;
+  static std::vector<std::unique_ptr<const Chosen>> choices;
+  const auto [name, reason] = choose_isa(cpu_features(), override_name);
+  auto& table = tables[name];
+  if (!table) table = std::make_unique<const Kernels>(assemble(name));
+  choices.push_back(std::make_unique<const Chosen>(Chosen{table.get(), reason}));
+  return choices.back().get();
+}
+
+std::string requested_isa() {
+  const char* value = std::getenv("KJAX_ISA");
+  return value ? value : "";
+}
+
+}  // namespace
+
+const Chosen& chosen() {
+  if (const Chosen* now = chosen_now.load(std::memory_order_acquire)) return *now;
+  std::lock_guard lock(chosen_mutex);
+  if (!chosen_now.load()) chosen_now.store(choose(requested_isa()), std::memory_order_release);
+  return *chosen_now.load();
+}
+
+void force_isa(const std::string& name) {
+  std::lock_guard lock(chosen_mutex);
+  chosen_now.store(choose(name.empty() ? requested_isa() : name), std::memory_order_release);
+}
+
+}  // namespace kjax

@@ -1,0 +1,91 @@
+// AVX2 + FMA kernels: tiles of 6 rows x 16 floats, twelve of sixteen registers.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace kjax {
+namespace {
+
+constexpr int kLanes = 8, kRows = 6, kVectors = 2;
+struct V {
+  __m256 v;
+};
+
+inline __m256i first_lanes(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline V set1(float x) { return {_mm256_set1_ps(x)}; }
+inline V load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline V load_n(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
+inline void store(float* p, V v) { _mm256_storeu_ps(p, v.v); }
+inline void store_n(float* p, V v, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), v.v); }
+inline V add(V a, V b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline V sub(V a, V b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline V mul(V a, V b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline V div(V a, V b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline V min_v(V a, V b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline V max_v(V a, V b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline V round_v(V v) { return {_mm256_round_ps(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline V scale_by_power_of_two(V v, V n) {
+  const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+  return {_mm256_mul_ps(v.v, _mm256_castsi256_ps(bits))};
+}
+inline float sum(V v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v.v), _mm256_extractf128_ps(v.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline void transpose(V (&b)[kLanes]) {
+  __m256 t[8], s[8];
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(b[2 * i].v, b[2 * i + 1].v);
+    t[2 * i + 1] = _mm256_unpackhi_ps(b[2 * i].v, b[2 * i + 1].v);
+  }
+  for (int i = 0; i < 2; ++i)
+    for (int j = 0; j < 2; ++j) {
+      s[4 * i + 2 * j] = _mm256_shuffle_ps(t[4 * i + j], t[4 * i + j + 2], 0x44);
+      s[4 * i + 2 * j + 1] = _mm256_shuffle_ps(t[4 * i + j], t[4 * i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    b[i].v = _mm256_permute2f128_ps(s[i], s[i + 4], 0x20);
+    b[i + 4].v = _mm256_permute2f128_ps(s[i], s[i + 4], 0x31);
+  }
+}
+
+#include "decode_scalar.h"
+
+inline V widen_bf16(__m128i bits) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))}; }
+inline V load_bf16(const uint16_t* p) { return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline V load_bf16_n(const uint16_t* p, int64_t n) {
+  alignas(16) uint16_t lanes[kLanes] = {};
+  __builtin_memcpy(lanes, p, static_cast<size_t>(n) * 2);
+  return load_bf16(lanes);
+}
+inline void store_bf16(uint16_t* p, V v) {
+  const __m256i bits = _mm256_castps_si256(v.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v.v, v.v, _CMP_UNORD_Q));
+  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(nearest, quiet, is_nan), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline void store_bf16_n(uint16_t* p, V v, int64_t n) {
+  alignas(16) uint16_t lanes[kLanes];
+  store_bf16(lanes, v);
+  __builtin_memcpy(p, lanes, static_cast<size_t>(n) * 2);
+}
+
+#include "prefetch.h"
+#include "elementwise.h"
+#include "gemm_f32.h"
+
+}  // namespace
+
+const FloatKernels kAvx2Kernels = {
+    {"avx2", kLine, kLine, {along<Format::kBf16>, along<Format::kFp32>}, {across<Format::kBf16>, across<Format::kFp32>}},
+    {convert, swiglu, swiglu_backward, add_scaled}};
+
+}  // namespace kjax

@@ -1,0 +1,81 @@
+// What a kernel file provides: plain function pointers over raw memory, the only things that cross from one ISA to another.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace kjax {
+
+// How the checkpoint stores a projection. The order is that of kFormatInfo in store.cpp and of every Gemm's tables.
+enum class Format : int { kBf16, kFp32 };
+constexpr int kFormats = 2;
+
+// Type of operands and stored activations: a fp32 store multiplies in fp32, every other one rounds operands to bf16.
+enum class Dtype : int { kBf16, kFp32 };
+constexpr Dtype kOperandType[kFormats] = {Dtype::kBf16, Dtype::kFp32};
+constexpr int kBits[kFormats] = {16, 32};  // per stored weight, scales aside
+
+// One stored projection of one expert, row-major as in the checkpoint.
+struct Matrix {
+  const uint8_t* data = nullptr;
+  const uint8_t* scales = nullptr;
+  int64_t rows = 0, cols = 0;
+};
+
+// A part of a matrix: stored rows [first, first + count) for `along`, stored columns for `across`.
+struct Strip {
+  Matrix matrix;
+  int64_t first = 0, count = 0;
+};
+
+// Strip widths and C rows are multiples of kLine columns, so that a kernel may store whole vectors.
+inline constexpr int64_t kLine = 64;
+// Operand rows are zero from their length to a multiple of kPad columns.
+inline constexpr int64_t kPad = 32;
+// Rows of C per product: its 512 x 256 floats stay in L2, and decoding a strip again for each group costs 1/512 of its product.
+inline constexpr int64_t kMaxRows = 512;
+
+// along : C[m, n] (+)= sum_k A[m, k] * W[first + n, k]     reduction along the stored row     (forward)
+// across: C[m, n] (+)= sum_k A[m, k] * W[k, first + n]     reduction across the stored rows   (backward)
+struct Product {
+  const void* a;  // [rows, lda], operands; rows <= kMaxRows
+  int64_t lda;
+  int64_t rows;
+  Strip strip;
+  Strip next;  // what this thread reads afterwards in the same direction, to be prefetched; next.matrix.data may be null
+  float* c;    // [rows, ldc]; columns up to the next multiple of kLine may be overwritten
+  int64_t ldc;
+  bool add;            // add to C instead of overwriting it
+  std::byte* scratch;  // this thread's, kScratch bytes, aligned to 64
+};
+using Multiply = void (*)(const Product&);
+inline constexpr size_t kScratch = size_t{3} << 20;
+
+// The products of one ISA; null where this ISA leaves a format to a lower one.
+struct Gemm {
+  const char* name;
+  int64_t along_width, across_width;  // strip widths that fill this ISA's scratch
+  Multiply along[kFormats];
+  Multiply across[kFormats];
+};
+
+// Everything between the products. `pad` zeros follow the n numbers written to an operand row.
+struct Elementwise {
+  void (*convert)(const void* from, Dtype from_type, void* to, Dtype to_type, int64_t n, int64_t pad);
+  // h = silu(g) * u; g and u are also stored when `saved_g` is not null.
+  void (*swiglu)(const float* g, const float* u, int64_t n, int64_t pad, void* saved_g, void* saved_u, void* h, Dtype type);
+  // a = W_down^T dy. In place g -> dg, u -> du, for the output scaled by `gate`; returns dot(a, silu(g) * u).
+  float (*swiglu_backward)(const float* a, float gate, int64_t n, int64_t pad, void* g, void* u, Dtype type);
+  void (*add_scaled)(float scale, const float* from, float* to, int64_t n);
+};
+
+// The tables, one per kernel file; those a compiler or CPU architecture cannot build are absent.
+struct FloatKernels {
+  Gemm gemm;
+  Elementwise elementwise;
+};
+extern const FloatKernels kScalarKernels;
+extern const FloatKernels kAvx2Kernels;
+extern const FloatKernels kAvx512Kernels;
+extern const Gemm kAvx512Bf16Gemm;
+
+}  // namespace kjax

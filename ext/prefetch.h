@@ -1,0 +1,41 @@
+// A cursor over the next strip's bytes, advanced from inside the micro-kernels so that decoding finds them in L2.
+// Included inside an unnamed namespace by each kernel file.
+
+class Prefetch {
+ public:
+  Prefetch() = default;
+  // Asks for `rows` runs of `bytes` bytes, `stride` apart, spread evenly over `steps` ticks.
+  Prefetch(const uint8_t* base, int64_t stride, int64_t bytes, int64_t rows, int64_t steps)
+      : at_(base), stride_(stride), bytes_(bytes), rows_(base ? rows : 0) {
+    const int64_t lines = rows_ * ((bytes + kLineBytes - 1) / kLineBytes);
+    const int64_t rate = (kUnit * lines + steps - 1) / (steps > 0 ? steps : 1);
+    rate_ = static_cast<int>(rate < kMaxRate ? rate : kMaxRate);
+  }
+
+  inline __attribute__((always_inline)) void tick() {
+    for (due_ += rate_; due_ >= kUnit; due_ -= kUnit) line();
+  }
+
+ private:
+  static constexpr int kLineBytes = 64;
+  static constexpr int kUnit = 16;             // rates are counted in sixteenths of a line per tick
+  static constexpr int kMaxRate = 8 * kUnit;   // more would only queue behind the machine's line-fill buffers
+
+  inline __attribute__((always_inline)) void line() {
+    if (rows_ <= 0) {
+      rate_ = due_ = 0;
+      return;
+    }
+    __builtin_prefetch(at_ + done_, 0, 2);
+    done_ += kLineBytes;
+    if (done_ >= bytes_) {
+      done_ = 0;
+      at_ += stride_;
+      --rows_;
+    }
+  }
+
+  const uint8_t* at_ = nullptr;
+  int64_t stride_ = 0, bytes_ = 0, rows_ = 0, done_ = 0;
+  int rate_ = 0, due_ = 0;
+};

@@ -1,0 +1,54 @@
+// Counting sort of the routes.
+#include "routing.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "kernels.h"
+#include "text.h"
+
+namespace kjax {
+
+void Routing::build(const int32_t* idx, int64_t tokens_in, int64_t per_token, int experts) {
+  count_.assign(experts, 0);
+  tokens = 0;
+  for (int64_t t = 0; t < tokens_in; ++t) {
+    bool any = false;
+    for (int64_t k = 0; k < per_token; ++k) {
+      const int32_t e = idx[t * per_token + k];
+      if (e == -1) continue;
+      if (e < 0 || e >= experts)
+        throw std::invalid_argument(text("idx[", t, ", ", k, "] = ", e, " is neither -1 (no expert) nor an expert in 0..", experts - 1));
+      ++count_[e];
+      any = true;
+    }
+    tokens += any;
+  }
+  // Descending, so that no small expert holds a column block that a large one waits for.
+  order_.clear();
+  for (int e = 0; e < experts; ++e)
+    if (count_[e]) order_.push_back(e);
+  std::sort(order_.begin(), order_.end(), [&](int a, int b) { return count_[a] != count_[b] ? count_[a] > count_[b] : a < b; });
+
+  segments.clear();
+  start_.assign(experts, 0);
+  int64_t first = 0;
+  for (int e : order_) {
+    start_[e] = first;
+    // Equal parts, in whole tiles of every kernel (multiples of 48 = lcm of 6 and 16) but for the last.
+    const int64_t parts = (count_[e] + kMaxRows - 1) / kMaxRows, even = (count_[e] + parts - 1) / parts;
+    const int64_t size = parts == 1 ? even : std::min(kMaxRows, (even + 47) / 48 * 48);
+    for (int64_t done = 0; done < count_[e]; done += size) segments.push_back({e, first + done, std::min(size, count_[e] - done)});
+    first += count_[e];
+  }
+  token.resize(first);
+  place.resize(first);
+  for (int64_t t = 0; t < tokens_in; ++t)
+    for (int64_t k = 0; k < per_token; ++k)
+      if (const int32_t e = idx[t * per_token + k]; e >= 0) {
+        token[start_[e]] = static_cast<int32_t>(t);
+        place[start_[e]++] = t * per_token + k;
+      }
+}
+
+}  // namespace kjax

@@ -1,0 +1,153 @@
+// The stash: entries by slip, least recently put first out under a byte budget.
+#include "stash.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <list>
+#include <mutex>
+#include <random>
+#include <unordered_map>
+
+#include "store.h"
+
+namespace kjax {
+namespace {
+
+struct Entry {
+  int32_t slip;
+  StashKey key;
+  Activations activations;
+};
+
+// A quarter of the machine: the rest is for weights and page cache. kjax sets it from the plan of a run.
+size_t default_budget() {
+  const long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+  return pages > 0 && size > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(size) / 4 : size_t{4} << 30;
+}
+
+std::mutex mutex;
+std::list<Entry> entries;  // oldest first
+std::unordered_map<int32_t, std::list<Entry>::iterator> by_slip;
+std::list<Activations> spare;  // memory of entries taken, so that a step after the first asks the system for none
+size_t budget = default_budget();
+size_t held = 0, spare_held = 0;
+int64_t hits = 0, misses = 0, evicted = 0;
+
+void drop(std::list<Entry>::iterator entry) {
+  held -= entry->activations.memory.size();
+  by_slip.erase(entry->slip);
+  entries.erase(entry);
+}
+
+void shrink_to(size_t limit) {
+  while (held + spare_held > limit && !spare.empty()) {
+    spare_held -= spare.front().memory.size();
+    spare.pop_front();
+  }
+  while (held > limit) {
+    drop(entries.begin());
+    ++evicted;
+  }
+}
+
+}  // namespace
+
+uint64_t hash_idx(const int32_t* idx, int64_t n) {
+  uint64_t hash = 0x9e3779b97f4a7c15u ^ static_cast<uint64_t>(n);
+  for (int64_t i = 0; i < n; ++i) {
+    hash = (hash ^ static_cast<uint32_t>(idx[i])) * 0xff51afd7ed558ccdu;
+    hash ^= hash >> 32;
+  }
+  return hash;
+}
+
+int32_t stash_draw_slip() {
+  static std::atomic<uint32_t> next{std::random_device()()};  // a slip of another process matches by no more than chance
+  uint32_t slip;
+  while (!(slip = next.fetch_add(1))) {
+  }
+  return static_cast<int32_t>(slip);
+}
+
+std::optional<Activations> stash_room(size_t bytes) {
+  std::lock_guard lock(mutex);
+  if (bytes > budget) return std::nullopt;
+  Activations room;
+  for (auto it = spare.begin(); it != spare.end(); ++it)
+    if (it->memory.size() >= bytes && it->memory.size() <= bytes + bytes / 4) {  // a much larger one would waste the budget
+      room = std::move(*it);
+      spare_held -= room.memory.size();
+      spare.erase(it);
+      break;
+    }
+  try {
+    room.memory.grow(bytes);
+  } catch (const std::bad_alloc&) {
+    return std::nullopt;  // the backward call computes what was not kept
+  }
+  room.bytes = bytes;
+  return room;
+}
+
+void stash_put(int32_t slip, const StashKey& key, Activations activations) {
+  std::lock_guard lock(mutex);
+  if (!is_open(key.store)) return;  // closed during the call: close_store() has already cleared what was there
+  held += activations.memory.size();
+  entries.push_back({slip, key, std::move(activations)});
+  if (const auto old = by_slip.find(slip); old != by_slip.end()) drop(old->second);
+  by_slip[slip] = std::prev(entries.end());
+  shrink_to(budget);
+}
+
+std::optional<Activations> stash_take(int32_t slip, const StashKey& key) {
+  std::lock_guard lock(mutex);
+  const auto found = by_slip.find(slip);
+  if (!slip || found == by_slip.end() || !(found->second->key == key)) {
+    ++misses;
+    return std::nullopt;
+  }
+  ++hits;
+  Activations activations = std::move(found->second->activations);
+  held -= activations.memory.size();
+  entries.erase(found->second);
+  by_slip.erase(found);
+  return activations;
+}
+
+void stash_recycle(Activations activations) {
+  std::lock_guard lock(mutex);
+  spare_held += activations.memory.size();
+  spare.push_back(std::move(activations));
+  shrink_to(budget);
+}
+
+size_t stash_budget() {
+  std::lock_guard lock(mutex);
+  return budget;
+}
+
+void stash_set_budget(size_t bytes) {
+  std::lock_guard lock(mutex);
+  budget = bytes;
+  shrink_to(budget);
+}
+
+StashStats stash_stats() {
+  std::lock_guard lock(mutex);
+  return {static_cast<int64_t>(entries.size()), static_cast<int64_t>(held), hits, misses, evicted};
+}
+
+void stash_clear(std::optional<int> store) {
+  std::lock_guard lock(mutex);
+  for (auto it = entries.begin(); it != entries.end();) {
+    const auto entry = it++;
+    if (!store || entry->key.store == *store) drop(entry);
+  }
+  if (!store || entries.empty()) {
+    spare.clear();
+    spare_held = 0;
+  }
+}
+
+}  // namespace kjax
