@@ -189,9 +189,10 @@ def _cut(tokenizer, text: str, marks: Marks, take_end: bool, everything: bool) -
     take_end: a span ends with its text, and the special token right behind it, which ends the turn, is trained too.
     """
     pieces: list[Piece] = []
-    inside, position = False, 0
-    for special in [*tokenizer.special_pattern(marks.guard).finditer(text), None]:
-        segment = text[position: special.start() if special else len(text)].replace(marks.guard, "")
+    inside, position, strip_next = False, 0, False
+    for match in [*tokenizer.special_pattern(marks.guard).finditer(text), None]:
+        special = tokenizer.specials[match[0]] if match else None
+        segment = text[position: match.start() if match else len(text)].replace(marks.guard, "")
         flags, behind_end = bytearray(), None
         for part in re.split(f"([{marks.start}{marks.end}])", segment):
             if part in (marks.start, marks.end):
@@ -201,15 +202,17 @@ def _cut(tokenizer, text: str, marks: Marks, take_end: bool, everything: bool) -
                 flags += bytes([inside or everything]) * len(part)
                 if part.strip():
                     behind_end = None
+        segment = segment.replace(marks.start, "").replace(marks.end, "")
         ends_turn = take_end and behind_end is not None
         if ends_turn and special:
             flags[behind_end:] = bytes([True]) * (len(flags) - behind_end)  # white space between reply and end token
-        if segment := segment.replace(marks.start, "").replace(marks.end, ""):
-            pieces.append(Piece(segment, None, bytes(flags)))
+        begin = len(segment) - len(segment.lstrip()) if strip_next else 0
+        end = len(segment.rstrip()) if special and special.lstrip else len(segment)
+        if begin < end:
+            pieces.append(Piece(segment[begin:end], None, bytes(flags[begin:end])))
         if special:
-            token = special[0] if special[0] in tokenizer.specials else special[0].strip()
-            pieces.append(Piece(token, tokenizer.specials[token].id, bytes([inside or everything or ends_turn])))
-            position = special.end()
+            pieces.append(Piece(match[0], special.id, bytes([inside or everything or ends_turn])))
+            position, strip_next = match.end(), special.rstrip
     return pieces
 
 

@@ -79,9 +79,12 @@ def _layout(rows: list[Row], source: Source, wanted: str) -> tuple[str, dict[str
         columns = {**default, **source.columns}
         _check_names(source, name, tags)
     there = files.columns_of(rows)
-    optional = {"query": "input", "history": "history", "system": "system"}
-    missing = [c for key, c in columns.items() if c not in there and key not in optional]
-    missing += [c for key, c in source.columns.items() if c not in there and key in optional]
+    if name == "alpaca":  # either of prompt and query will do, unless the entry names it
+        prompts = [columns[key] for key in ("prompt", "query") if key in columns]
+        needed = [columns["response"], *(prompts[:1] if not set(prompts) & set(there) else [])]
+    else:
+        needed = [columns["messages"]]
+    missing = [column for column in dict.fromkeys([*needed, *source.columns.values()]) if column not in there]
     if missing:
         raise DataError(f"{source.path}: no column {', '.join(map(repr, missing))} for format {name}; "
                         f"the file has: {', '.join(there)}")

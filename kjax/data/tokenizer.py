@@ -107,10 +107,8 @@ class Tokenizer:
     def special_pattern(self, guard: str) -> re.Pattern:
         """Finds special tokens in rendered text, longest first, except where the guard character breaks them."""
         if guard not in self._patterns:
-            space = {True: r"\s*", False: ""}
-            expressions = [space[s.lstrip] + re.escape(text) + f"(?!{guard})" + space[s.rstrip]
-                           for text, s in sorted(self.specials.items(), key=lambda item: -len(item[0]))]
-            self._patterns[guard] = re.compile("|".join(expressions) or r"(?!)")
+            texts = sorted(self.specials, key=len, reverse=True)
+            self._patterns[guard] = re.compile("|".join(f"{re.escape(text)}(?!{guard})" for text in texts) or r"(?!)")
         return self._patterns[guard]
 
     def is_special(self, token: int) -> bool:
