@@ -43,31 +43,37 @@ def _bits(array) -> np.ndarray:
     return array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
 
 
-def _forward_on_host(store_id, keep, layer, x, idx, gate):
-    y, slip = _ext.forward(store_id, int(layer), _bits(x), _bits(idx), _bits(gate), keep)
+def _forward_on_host(layer, x, idx, gate, *, store, keep):
+    y, slip = _ext.forward(int(store), int(layer), _bits(x), _bits(idx), _bits(gate), bool(keep))
     return y.view(x.dtype), np.int32(slip)
 
 
-def _backward_on_host(store_id, layer, slip, x, idx, gate, dy):
-    dx, dgate = _ext.backward(store_id, int(layer), int(slip), _bits(x), _bits(idx), _bits(gate), _bits(dy))
+def _backward_on_host(layer, slip, x, idx, gate, dy, *, store):
+    dx, dgate = _ext.backward(int(store), int(layer), int(slip), _bits(x), _bits(idx), _bits(gate), _bits(dy))
     return dx.view(x.dtype), dgate
+
+
+def _call(store, target: str, host_function, attributes: dict, results, layer, *operands):
+    """One execution over the store's transport; results differ between the devices of a shard_map as x does."""
+    if resolve(store.transport) == "ffi":
+        _register()
+        out = jax.ffi.ffi_call(target, results)(layer, *operands, **attributes)
+    else:
+        out = jax.pure_callback(functools.partial(host_function, **attributes), results, layer, *operands)
+    varying = set().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
+    return [jax.lax.pcast(result, tuple(varying - jax.typeof(result).manual_axis_type.varying), to="varying")
+            for result in out] if varying else out
 
 
 def forward(store, keep: bool, layer, x, idx, gate):
     """y [N,D] in x.dtype and the slip (int32 scalar, 0 unless `keep`) of one execution of the experts."""
     results = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((), jnp.int32))
-    if resolve(store.transport) == "ffi":
-        _register()
-        call = jax.ffi.ffi_call("kjax_experts_forward", results)
-        return call(layer, x, idx, gate, store=np.int64(store.id), keep=np.int64(keep))
-    return jax.pure_callback(functools.partial(_forward_on_host, store.id, keep), results, layer, x, idx, gate)
+    return _call(store, "kjax_experts_forward", _forward_on_host,
+                 {"store": np.int64(store.id), "keep": np.int64(keep)}, results, layer, x, idx, gate)
 
 
 def backward(store, layer, slip, x, idx, gate, dy):
     """dx [N,D] in x.dtype and dgate [N,K] fp32; takes the stash entry of `slip`, or recomputes from x."""
     results = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(gate.shape, jnp.float32))
-    if resolve(store.transport) == "ffi":
-        _register()
-        call = jax.ffi.ffi_call("kjax_experts_backward", results)
-        return call(layer, slip, x, idx, gate, dy, store=np.int64(store.id))
-    return jax.pure_callback(functools.partial(_backward_on_host, store.id), results, layer, slip, x, idx, gate, dy)
+    return _call(store, "kjax_experts_backward", _backward_on_host, {"store": np.int64(store.id)}, results,
+                 layer, slip, x, idx, gate, dy)
