@@ -34,12 +34,18 @@ def cache_places(prompt: int, new: int) -> int:
 
 
 def sample(logits, key, temperature, top_p):
-    """logits [V] fp32 -> a token drawn from the most probable ones that together have at least top_p."""
-    order = jnp.argsort(-logits)
-    scaled = logits[order] / temperature
-    probs = jax.nn.softmax(scaled)
-    kept = jnp.cumsum(probs) - probs < top_p  # the first always is
-    return order[jax.random.categorical(key, jnp.where(kept, scaled, -jnp.inf))].astype(jnp.int32)
+    """logits [V] fp32 -> a token drawn from the most probable ones that together have at least top_p.
+
+    temperature 0: the most probable.
+    """
+    def draw():
+        order = jnp.argsort(-logits)
+        scaled = logits[order] / temperature
+        probs = jax.nn.softmax(scaled)
+        kept = jnp.cumsum(probs) - probs < top_p  # the first always is
+        return order[jax.random.categorical(key, jnp.where(kept, scaled, -jnp.inf))].astype(jnp.int32)
+
+    return jax.lax.cond(temperature == 0, lambda: jnp.argmax(logits).astype(jnp.int32), draw)
 
 
 class Generator:
@@ -48,9 +54,9 @@ class Generator:
     def __init__(self, model: Transformer, vocabulary: int):
         """vocabulary: ids from there on are never drawn; an embedding table may have more rows than there are."""
         self.model, self.vocabulary = model, vocabulary
-        self._advance = jax.jit(self._step, static_argnames="greedy", donate_argnames="cache")
+        self._advance = jax.jit(self._step, donate_argnames="cache")
 
-    def _step(self, variables, cache, tokens, count, key, temperature, top_p, greedy):
+    def _step(self, variables, cache, tokens, count, key, temperature, top_p):
         """tokens [1,T], the first `count` of them real -> the cache with those, the next token, logits are finite."""
         place, start = jnp.arange(tokens.shape[1]), cache.length
         segments = (place < count).astype(jnp.int32)[None]
@@ -60,8 +66,7 @@ class Generator:
         logits = unembed(variables["params"], jax.lax.dynamic_index_in_dim(hidden[0], count - 1, keepdims=False))
         finite = jnp.isfinite(logits).all()
         logits = jnp.where(jnp.arange(logits.shape[0]) < self.vocabulary, logits, -jnp.inf)
-        token = jnp.argmax(logits).astype(jnp.int32) if greedy else sample(logits, key, temperature, top_p)
-        return cache, token, finite
+        return cache, sample(logits, key, temperature, top_p), finite
 
     def tokens(self, variables: dict, prompt: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0,
                top_p: float = 1.0, seed: int = 0, stop: Container[int] = ()) -> Iterator[int]:
@@ -83,7 +88,7 @@ class Generator:
         new = min(max_new_tokens, room)
 
         key = jax.random.key(seed)
-        draw = (np.float32(temperature), np.float32(top_p), temperature == 0)
+        draw = (np.float32(temperature), np.float32(top_p))
         cache = Cache.empty(config, 1, cache_places(prompt.size, new), self.model.dtype)
         done = 0
         for count, padded in chunks(prompt.size):

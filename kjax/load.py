@@ -29,6 +29,7 @@ def load(
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     experts: Literal["host", "device"] = "host",
     *,
+    template: str | os.PathLike | None = None,
     transport: Literal["auto", "ffi", "pure_callback"] = "auto",
     check: bool = True,
     progress: bool = True,
@@ -44,6 +45,8 @@ def load(
       dtype: of everything outside the routed experts, and of the activations.
       experts: "host" leaves the routed experts in the mapped files and multiplies them on the CPU, in the dtype they
         are stored in; "device" loads them as arrays, for small models.
+      template: a chat template, by packaged name or .jinja file; by default the adapter's if it has one, else the
+        model's own.
       transport: how compiled functions reach the host; "auto" is right.
       check: read all routed experts once and refuse NaN and Inf. The rest is always checked.
       progress: a bar on a terminal, for large models.
@@ -56,13 +59,12 @@ def load(
         raise ConfigError(f"experts = {experts!r}: expected 'host' or 'device'")
     with Checkpoint(directory) as checkpoint:
         config = ModelConfig.from_json(checkpoint.config_json)
-        stop = _stop_ids(checkpoint)
-        tokenizer = _tokenizer(checkpoint.directory, config)
+        tokenizer = _tokenizer(checkpoint.directory, config, template or _template(adapter))
         base = adapters.identify(checkpoint)
         spec, lora = adapters.load(adapter, linears(config), base) if adapter is not None else (None, None)
         params = load_params(checkpoint, config, abstract_params(config, dtype, experts), progress=progress)
         store = open_experts(checkpoint, config, transport=transport, check=check) if experts == "host" else None
-    return Model(checkpoint.directory, config, dtype, params, store, tokenizer, spec, lora, stop, base)
+    return Model(checkpoint.directory, config, dtype, params, store, tokenizer, spec, lora, base)
 
 
 class Model:
@@ -73,16 +75,14 @@ class Model:
       params: the frozen weights, as nested dicts of arrays stacked per layer.
       lora, spec: the adapter's arrays (fp32) and where they attach; None without one.
       store: the routed experts on the host; None with experts="device".
-      tokenizer: None where the directory has none.  stop: token ids that end a reply.
+      tokenizer: None where the directory has none.
       base: the checkpoint's identity, which adapters record.
     """
 
     def __init__(self, directory: Path, config: ModelConfig, dtype: str, params: dict, store: ExpertStore | None,
-                 tokenizer: Tokenizer | None, spec: LoraSpec | None, lora: dict | None, stop: frozenset[int],
-                 base: adapters.Base):
+                 tokenizer: Tokenizer | None, spec: LoraSpec | None, lora: dict | None, base: adapters.Base):
         self.directory, self.config, self.dtype, self.params, self.store = directory, config, dtype, params, store
         self.tokenizer, self.spec, self.lora, self.base = tokenizer, spec, lora, base
-        self.stop = stop | frozenset(tokenizer.eos_ids if tokenizer else ())
         self.transformer = Transformer(config, lora=spec, dtype=jnp.dtype(dtype), store=store)
         self._generator = None
         self._logits = jax.jit(functools.partial(_logits, self.transformer))
@@ -101,7 +101,8 @@ class Model:
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise DataError(f"tokens {tokens.shape} {tokens.dtype}: expected whole numbers [B,T]")
         check_tokens(tokens, self.config.vocab_size)
-        return self._logits(self.variables, tokens.astype(np.int32))
+        # Waiting keeps the mapped files open while they are read, even if the model is closed right after.
+        return self._logits(self.variables, tokens.astype(np.int32)).block_until_ready()
 
     def generate(
         self,
@@ -142,12 +143,13 @@ class Model:
 
     def tokens(self, prompt: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
                seed: int = 0):
-        """The token ids that follow `prompt`, one by one; the arguments are those of `generate`."""
+        """The token ids that follow `prompt`, one by one, up to one that ends a reply; arguments as for `generate`."""
+        stop = self.tokenizer.eos_ids if self.tokenizer else ()
         if self._generator is None:
             vocabulary = self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
             self._generator = Generator(self.transformer, vocabulary)
         return self._generator.tokens(self.variables, prompt, max_new_tokens, temperature=temperature, top_p=top_p,
-                                      seed=seed, stop=self.stop)
+                                      seed=seed, stop=stop)
 
     def close(self):
         """Unmaps the routed experts; calls after that fail."""
@@ -171,21 +173,17 @@ def _logits(transformer: Transformer, variables: dict, tokens: jax.Array) -> jax
     return unembed(variables["params"], hidden)
 
 
-def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
+def _template(adapter) -> Path | None:
+    """The chat template that an adapter was trained with."""
+    path = Path(adapter) / adapters.TEMPLATE if adapter is not None else None
+    return path if path is not None and path.is_file() else None
+
+
+def _tokenizer(directory: Path, config: ModelConfig, template: str | os.PathLike | None) -> Tokenizer | None:
     if not any((directory / name).exists() for name in TOKENIZER_FILES):
         return None
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = Tokenizer.load(directory, None if template is None else str(template))
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(f"{directory}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding "
                               f"table {config.vocab_size} rows; it belongs to another model")
     return tokenizer
-
-
-def _stop_ids(checkpoint: Checkpoint) -> frozenset[int]:
-    """eos_token_id of generation_config.json: one id or several; chat models stop at more than the tokenizer's."""
-    found = (checkpoint.json("generation_config.json", required=False) or {}).get("eos_token_id")
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(token) is int for token in ids):
-        raise CheckpointError(f"{checkpoint.directory / 'generation_config.json'}: eos_token_id = {found!r}: expected "
-                              "a token id or a list of them")
-    return frozenset(ids)

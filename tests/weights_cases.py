@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import tokenizers
 from safetensors.numpy import save_file
 
 from kjax.models import ModelConfig, abstract_params
@@ -60,3 +61,23 @@ def rewrite(directory, tensors, shards=1):
     for name in names:
         save_file({tensor: tensors[tensor] for tensor in tensors if weight_map[tensor] == name}, directory / name)
     (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+SPECIALS = ("<bos>", "<eos>", "<user>", "<reply>")
+BYTE_VOCABULARY = 256 + len(SPECIALS)  # of the tokenizer below: one token per byte, then the specials
+TEMPLATE = (
+    "<bos>{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% else %}<reply>{{ m.content }}<eos>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<reply>{% endif %}"
+)
+
+
+def write_tokenizer(directory):
+    """A byte-level tokenizer with a chat template in the files of Hugging Face."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.add_special_tokens(list(SPECIALS))
+    bpe.save(str(directory / "tokenizer.json"))
+    settings = {"bos_token": "<bos>", "eos_token": "<eos>", "chat_template": TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -1,0 +1,231 @@
+"""Generation: cached decoding equals whole forward passes and transformers; sampling, stopping, streaming."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from make_goldens import CASES, torch_model
+from weights_cases import BYTE_VOCABULARY, V2, V3, random_params, write, write_tokenizer
+
+import kjax.generate
+from kjax.errors import ConfigError, DataError, RunError
+from kjax.generate import Generator, TextStream, cache_places, chunks, sample
+from kjax.load import load
+from kjax.models import ModelConfig, Transformer, unembed
+
+# All prompts here fit into chunks of 16 and a cache of 128: few compilations.
+SHORT = {"max_position_embeddings": 50}
+CONTENT = {"v2": V2 | SHORT, "v3": V3 | SHORT | {"rope_scaling": CASES["v3"]["rope_scaling"]}}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(kjax.generate, "LARGEST_CHUNK", 16)
+
+
+def generator(config_json, params=None, vocabulary=None):
+    config = ModelConfig.from_json(config_json)
+    variables = {"params": random_params(config_json) if params is None else params}
+    return Generator(Transformer(config), vocabulary or config.vocab_size), variables
+
+
+@pytest.fixture(scope="module")
+def v3():
+    return generator(CONTENT["v3"])
+
+
+@pytest.fixture(scope="module")
+def v2():
+    return generator(CONTENT["v2"])
+
+
+@pytest.mark.parametrize("family", ["v3", "v2"])
+@pytest.mark.parametrize("length", [1, 37])
+def test_greedy_is_the_argmax_of_a_whole_forward(request, family, length):
+    """37 tokens are three chunks of 16, the last padded; decoding then writes over the padding."""
+    run, variables = request.getfixturevalue(family)
+    prompt = list(np.random.default_rng(length).integers(0, 96, length))
+    tokens = list(run.tokens(variables, prompt, 8))
+
+    row = jnp.asarray([prompt + tokens], jnp.int32)
+    hidden = jax.jit(run.model.apply)(variables, row, jnp.arange(row.shape[1])[None], jnp.ones_like(row))
+    logits = np.asarray(unembed(variables["params"], hidden)[0, length - 1 : -1])
+    assert tokens == logits.argmax(axis=-1).tolist()
+    best = np.sort(logits, axis=-1)
+    assert (best[:, -1] - best[:, -2]).min() > 1e-4  # no near tie that would make the comparison void
+
+
+@pytest.mark.parametrize("family", ["v3", "v2"])
+def test_greedy_equals_transformers(request, family):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    run, variables = request.getfixturevalue(family)
+    prompt = np.random.default_rng(3).integers(0, 96, (1, 21))
+    expected = torch_model(CONTENT[family], variables["params"]).generate(
+        torch.from_numpy(prompt), max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert list(run.tokens(variables, prompt[0], 24)) == expected[0, 21:].tolist()
+
+
+def test_a_cache_has_room_for_every_write():
+    for prompt in [*range(1, 80), 511, 512, 513, 1000, 4095, 4096, 4097, 9999]:
+        pieces = chunks(prompt)
+        assert sum(count for count, _ in pieces) == prompt
+        assert all(0 < count <= padded <= kjax.generate.LARGEST_CHUNK for count, padded in pieces)
+        for new in (1, 7, 300, 5000):
+            places = cache_places(prompt, new)
+            assert places >= max(prompt + new, sum(padded for _, padded in pieces))
+            assert places <= max(2 * (prompt + new), prompt + new + kjax.generate.LONG)
+
+
+def test_lengths_share_compiled_steps(v3):
+    run, variables = v3
+    for length in (1, 3, 9, 16, 40):
+        assert len(list(run.tokens(variables, [5] * length, 4, temperature=length % 2))) == 4
+    assert run._advance._cache_size() == 2  # a chunk of 16, and one token
+
+
+def test_padded_ids_are_never_drawn(v3):
+    """An embedding table with more rows than the tokenizer has ids."""
+    run, variables = v3
+    params = random_params(V3)
+    params["lm_head"]["weight"][48:] *= 9
+    assert max(run.tokens({"params": params}, [1, 2, 3], 8)) >= 48
+    run, _ = generator(CONTENT["v3"], params, vocabulary=48)
+    assert max(run.tokens({"params": params}, [1, 2, 3], 8)) < 48
+    assert max(run.tokens({"params": params}, [1, 2, 3], 8, temperature=5.0)) < 48
+
+
+def test_sampling_is_repeatable_by_seed(v3):
+    run, variables = v3
+    draws = [list(run.tokens(variables, [1, 2, 3], 12, temperature=1.0, seed=seed)) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    greedy = list(run.tokens(variables, [1, 2, 3], 12, seed=5))
+    assert greedy == list(run.tokens(variables, [1, 2, 3], 12))
+    assert greedy == list(run.tokens(variables, [1, 2, 3], 12, temperature=3.0, top_p=1e-6))
+
+
+sample_all = jax.jit(jax.vmap(sample, (None, 0, None, None)))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.8)])
+def test_sampled_frequencies(temperature, top_p):
+    logits = jnp.log(jnp.array([0.05, 0.4, 0.1, 0.25, 0.2]))
+    probs = np.asarray(jax.nn.softmax(logits / temperature), np.float64)
+    order = np.argsort(-probs)
+    kept = order[: 1 + int(np.searchsorted(np.cumsum(probs[order]), top_p))]
+    expected = np.zeros(5)
+    expected[kept] = probs[kept] / probs[kept].sum()
+
+    count = 20_000
+    draws = sample_all(logits, jax.random.split(jax.random.key(0), count), temperature, top_p)
+    found = np.bincount(draws, minlength=5) / count
+    assert not found[expected == 0].any()
+    # Five standard deviations of a share that is counted `count` times.
+    assert np.all(np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / count))
+    if top_p < 1:
+        assert len(kept) == 4
+
+
+def test_stop_tokens_end_the_reply(v3):
+    run, variables = v3
+    free = list(run.tokens(variables, [1, 2, 3], 10))
+    stop = free[4]
+    assert list(run.tokens(variables, [1, 2, 3], 10, stop={stop})) == free[: free.index(stop)]
+
+
+def test_generation_ends_with_the_model_context(v3):
+    run, variables = v3
+    assert len(list(run.tokens(variables, [1] * 45, 100))) == 5
+    with pytest.raises(DataError, match="50 tokens, the model reads max_position_embeddings = 50"):
+        next(run.tokens(variables, [1] * 50, 1))
+
+
+def test_nan_logits_stop_with_the_token_number(v3):
+    run, _ = v3
+    params = random_params(V3)
+    params["norm"]["weight"] = params["norm"]["weight"] * np.float32(np.nan)
+    with pytest.raises(RunError, match="logits of token 1 hold NaN or Inf"):
+        next(run.tokens({"params": params}, [1, 2], 3))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"max_new_tokens": 0}, "max_new_tokens = 0"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens = 2.5"),
+    ({"temperature": -0.1}, "temperature = -0.1"),
+    ({"temperature": float("nan")}, "temperature = nan"),
+    ({"top_p": 0.0}, "top_p = 0.0"),
+    ({"top_p": 1.1}, "top_p = 1.1"),
+    ({"seed": -1}, "seed = -1"),
+])  # fmt: skip
+def test_wrong_settings(v3, options, message):
+    with pytest.raises(ConfigError, match=message):
+        next(v3[0].tokens(v3[1], [1], **({"max_new_tokens": 1} | options)))
+
+
+@pytest.mark.parametrize(("prompt", "message"), [([1, 96], "token id 96 at .1. .* 96 rows"), ([-1], "token id -1"),
+                                                 ([], "no tokens")])  # fmt: skip
+def test_prompts_that_no_model_reads(v3, prompt, message):
+    with pytest.raises(DataError, match=message):
+        next(v3[0].tokens(v3[1], prompt, 1))
+
+
+def decode_bytes(ids):
+    return bytes(ids).decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize("text", ["plain", "é中文 and 👩‍🚀 in one", "\ufffd is a character too", ""])
+def test_streamed_text_comes_in_whole_characters(text):
+    stream, pieces = TextStream(decode_bytes), []
+    for token in text.encode():
+        pieces.append(stream.push(token))
+    if "\ufffd" not in text:
+        assert stream.flush() == ""
+        assert [piece for piece in pieces if piece] == list(text)
+    else:
+        assert "".join([*pieces, stream.flush()]) == text
+
+
+def test_streamed_broken_bytes_come_at_the_end():
+    stream = TextStream(decode_bytes)
+    pieces = [stream.push(token) for token in b"ok\xe4\xb8"]
+    assert pieces == ["o", "k", "", ""] and stream.flush() == "\ufffd"
+    stream = TextStream(decode_bytes)
+    pieces = [stream.push(token) for token in b"\xe4\xb8z\xff!"]
+    assert "".join(pieces) + stream.flush() == decode_bytes(b"\xe4\xb8z\xff!")
+
+
+def test_streaming_does_not_decode_everything_again():
+    longest = []
+    stream = TextStream(lambda ids: longest.append(len(ids)) or decode_bytes(ids))
+    for token in ("long text " * 50).encode():
+        stream.push(token)
+    assert max(longest) <= 2
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    config_json = V3 | {"vocab_size": BYTE_VOCABULARY + 12}
+    directory, _ = write(tmp_path_factory.mktemp("chat") / "model", config_json)
+    write_tokenizer(directory)
+    with load(directory, dtype="float32") as model:
+        yield model
+
+
+def test_generate_renders_streams_and_stops(chat_model):
+    pieces = []
+    reply = chat_model.generate([{"role": "user", "content": "Hé"}], max_new_tokens=40, temperature=1.0, seed=1,
+                                stream=pieces.append)
+    tokenizer = chat_model.tokenizer
+    prompt = [256, 258, *tokenizer.encode("Hé"), 259]
+    ids = list(chat_model.tokens(prompt, 40, temperature=1.0, seed=1))
+    assert len(ids) > 3 and max(ids) < BYTE_VOCABULARY
+    assert reply == tokenizer.decode(ids) == "".join(pieces)
+    assert all(pieces)
+    assert chat_model.generate("Hé", max_new_tokens=40, temperature=1.0, seed=1) == reply
+    assert chat_model.generate("Hé", max_new_tokens=40, temperature=1.0, seed=2) != reply
+
+
+def test_end_of_sentence_ends_the_reply(chat_model, monkeypatch):
+    ids = list(chat_model.tokens([256, 258, 70, 259], 12))
+    monkeypatch.setattr(chat_model.tokenizer, "eos_ids", frozenset([ids[3]]))
+    assert list(chat_model.tokens([256, 258, 70, 259], 12)) == ids[: ids.index(ids[3])]
