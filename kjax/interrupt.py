@@ -62,7 +62,9 @@ class Interrupts:
             if kind == "signal":
                 self._answer(value)
             elif kind == "error":
-                raise Cancelled from value if self.cancelled else value
+                if self.cancelled:
+                    raise Cancelled from value
+                raise value
             else:
                 return value
 

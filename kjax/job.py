@@ -1,17 +1,11 @@
 """Everything a run needs besides weights, found and checked before anything large is read or allocated."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from kjax import adapters, checkpoint, data, lora, models, optimizer
 from kjax.config import Config
-from kjax.data.batches import Batches
-from kjax.data.tokenizer import Tokenizer
-from kjax.errors import DataError
 from kjax.weights import names
 from kjax.weights.safetensors import Checkpoint
 
@@ -31,10 +25,10 @@ class Job:
     linears: dict[str, tuple[int, int, int]]
     spec: lora.LoraSpec
     adapter: dict | None
-    tokenizer: Tokenizer
+    tokenizer: data.Tokenizer
     train: data.Dataset
     evaluation: data.Dataset | None
-    batches: Batches
+    batches: data.Batches
     total_steps: int
     expert_dtype: str
     base: adapters.Base
@@ -60,31 +54,22 @@ def prepare(config: Config) -> Job:
         names.account(files, model, models.abstract_params(model, config.model.dtype, config.model.experts))
         expert_dtype = names.expert_entries(files, model)[0][0]["gate_proj"].dtype if model.num_moe_layers else ""
         hashed = checkpoint.base_hash(files.directory, entries)
-        directory = files.directory
     tree = None
     if config.model.adapter is None:
         spec = lora.resolve(config.lora, linears)
     else:
         spec, tree = adapters.load(config.model.adapter, linears, base)
-    tokenizer = Tokenizer.load(directory, template=config.data.template)
-    train, evaluation = data.load(config.data, tokenizer)
+    tokenizer = data.Tokenizer.load(config.model.directory, template=config.data.template)
+    train, evaluation = data.load(config.data, tokenizer, config.train.seed)
     for dataset in (train, evaluation):
         if dataset is not None:
-            _require_ids_in_table(dataset, model, directory)
+            data.check_ids(dataset.examples, model.vocab_size)
     settings = config.train
-    batches = Batches(train, settings.rows_per_step, config.data.max_length, config.data.rows, settings.seed)
+    batches = data.Batches(train, settings.rows_per_step, config.data.max_length, config.data.rows, settings.seed)
     total = settings.steps or max(1, math.ceil(settings.epochs * len(batches)))
     identity = checkpoint.Identity.of(config, hashed, train.hash)
     return Job(config, model, linears, spec, tree, tokenizer, train, evaluation, batches, total, expert_dtype, base,
                identity)
-
-
-def _require_ids_in_table(dataset: data.Dataset, model: models.ModelConfig, directory: Path) -> None:
-    """XLA clamps an index or gives NaN for it, both without a word."""
-    largest = max((int(np.max(ids)) for ids, _ in dataset.examples if len(ids)), default=-1)
-    if largest >= model.vocab_size:
-        raise DataError(f"{directory}: the data has token id {largest}, but config.json says vocab_size = "
-                        f"{model.vocab_size}: the tokenizer does not belong to this model")
 
 
 def rows(job: Job, directory: Path, isa: str, threads: int) -> list[tuple[str, str]]:
@@ -99,10 +84,10 @@ def rows(job: Job, directory: Path, isa: str, threads: int) -> list[tuple[str, s
         ("model", f"{job.config.model.directory}  {model.model_type}, {layers}, {experts}"),
         ("experts", where),
         ("the rest", f"{job.config.model.dtype}, on the device"),
-        ("data", str(job.train.report)),
+        ("data", _describe(job.train.report)),
     ]
     if job.evaluation is not None:
-        lines.append(("evaluation", str(job.evaluation.report)))
+        lines.append(("evaluation", _describe(job.evaluation.report)))
     slots = settings.rows_per_step * job.config.data.max_length
     lines += [
         ("step", f"{settings.rows_per_step} rows of up to {job.config.data.max_length} tokens = {slots:,} places, "
@@ -116,6 +101,10 @@ def rows(job: Job, directory: Path, isa: str, threads: int) -> list[tuple[str, s
     return lines
 
 
-def model_settings(job: Job) -> dict:
-    """The settings of the model as JSON, for the record."""
-    return dataclasses.asdict(job.model)
+def _describe(report: data.Report) -> str:
+    text = f"{report.rows:,} rows, {report.tokens:,} tokens, {report.trained_share:.0%} of them trained"
+    if report.truncated:
+        text += f"; {report.truncated:,} rows ({report.truncated_share:.0%}) cut to {report.max_length} tokens"
+    if report.dropped:
+        text += f"; {report.dropped:,} rows dropped, nothing to train on within {report.max_length} tokens"
+    return text

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-IGNORED = -100  # the target of a position that is not trained
+from kjax.data.batches import IGNORE
 
 
 def cross_entropy(unembed: Callable, hidden, targets, chunk: int):
@@ -22,7 +22,7 @@ def cross_entropy(unembed: Callable, hidden, targets, chunk: int):
     tokens = targets.shape[0]
     chunk = min(chunk, tokens)
     order = jnp.pad(order, (0, -tokens % chunk))
-    targets = jnp.where(jnp.arange(order.shape[0]) < tokens, targets[order], IGNORED).reshape(-1, chunk)
+    targets = jnp.where(jnp.arange(order.shape[0]) < tokens, targets[order], IGNORE).reshape(-1, chunk)
     hidden = hidden[order].reshape(-1, chunk, width)
 
     def chunk_sum(rows, row_targets):

@@ -59,7 +59,7 @@ def train_step(model, unembed: Callable, optimizer: optax.GradientTransformation
             return total / jnp.maximum(count, 1.0), count
 
         (loss, count), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.lora)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.lora)
         new = State(optax.apply_updates(state.lora, updates), optimizer_state, state.step + 1)

@@ -1,24 +1,15 @@
-"""Fine-tuning: from settings to an adapter, step by step, with all that is saved, logged and shown on the way."""
+"""Fine-tuning, from settings to an adapter: what is checked, told and loaded before the first step."""
 
-import json
-import time
-from collections.abc import Callable
-from pathlib import Path
-
-import jax
-import jax.numpy as jnp
 from rich.console import Console
 
-from kjax import _ext, adapters, checkpoint, env, gin_config, job, lora, models, step
-from kjax import optimizer as optimizers
+from kjax import _ext, checkpoint, env, job, models
 from kjax.config import Config
 from kjax.errors import RunError
-from kjax.interrupt import Cancelled, Interrupts
-from kjax.log import RunLog, StepTimes
+from kjax.fit import Fit
 from kjax.offload import stash
 from kjax.offload.store import ExpertStore
-from kjax.progress import StepProgress, banner
-from kjax.run import CONFIG, ENV, OPERATIVE, Run, RunDirectory
+from kjax.progress import banner
+from kjax.run import Run, RunDirectory
 from kjax.weights.load import load_params, open_experts
 from kjax.weights.safetensors import Checkpoint
 
@@ -49,7 +40,7 @@ def train(config: Config, resume: bool | str = False, overwrite: bool = False, *
         directory.clear()
         params, store = _load(config, prepared)
         try:
-            return _Fit(prepared, directory, params, store, console).run(None if saved is None else saved["step"])
+            return Fit(prepared, directory, params, store, console).run(None if saved is None else saved["step"])
         except OSError as error:
             raise RunError(f"{directory.path}: cannot be written ({error.strerror or error}); what was saved before "
                            "is intact: mend it and resume") from error
@@ -83,192 +74,3 @@ def _load(config: Config, prepared: job.Job) -> tuple[dict, ExpertStore | None]:
             store = open_experts(files, prepared.model, transport=config.model.transport)
             stash.set_budget(config.model.stash_gb)
     return params, store
-
-
-class _Compiled:
-    """A jitted function, traced by the caller's thread, compiled and run by the thread that interrupts can answer for.
-
-    JAX's context managers (a matmul precision, say) belong to the thread that entered them: tracing elsewhere would
-    silently drop them.
-    """
-
-    def __init__(self, function: Callable, interrupts: Interrupts, progress: StepProgress, *, donate: tuple = ()):
-        self._jitted = jax.jit(function, donate_argnums=donate)
-        self._interrupts, self._progress = interrupts, progress
-        self._by_shape: dict[tuple, Callable] = {}
-
-    def prepare(self, *args) -> Callable:
-        """The executable for arguments of these shapes; the last argument is the batch, alone in varying."""
-        shapes = tuple(sorted((name, array.shape) for name, array in args[-1].items()))
-        if shapes not in self._by_shape:
-            self._progress.begin("compiling")
-            self._by_shape[shapes] = self._interrupts.call(self._jitted.lower(*args).compile)
-        return self._by_shape[shapes]
-
-
-class _Fit:
-    """The loop over optimiser steps and what happens between them."""
-
-    def __init__(self, prepared: job.Job, directory: RunDirectory, params: dict, store: ExpertStore | None,
-                 console: Console):
-        self.job, self.directory, self.params, self.store = prepared, directory, params, store
-        self.console, self.settings, self.total = console, prepared.config.train, prepared.total_steps
-        self.schedule = optimizers.schedule(prepared.config.optimizer, self.total)
-        self.done = self.saved = 0  # steps done; the step of the newest saved state
-        self.doing = ""
-
-    def run(self, resume_step: int | None) -> Run:
-        """Train from the state of `resume_step`, or from a new adapter."""
-        config = self.job.config
-        transformer = models.Transformer(self.job.model, lora=self.job.spec, dtype=jnp.dtype(config.model.dtype),
-                                         store=self.store, micro_rows=self.settings.micro_rows)
-        chosen = optimizers.optimizer(config.optimizer, self.total)
-        self.state = self._initial_state(chosen, resume_step)
-        self.done = self.saved = resume_step or 0
-        self._write_record()
-        status = "finished"
-        self.log = RunLog(self.directory.path, self.total, start_step=self.done, tensorboard=self.settings.tensorboard,
-                          plots=self.settings.plot)
-        try:
-            self.log.text("config", f"```\n{gin_config.text(config)}\n```")
-            self.progress = StepProgress(self.console, self.total, self.done)
-            with self.progress, Interrupts(self._acknowledge) as self.interrupts:
-                chunk, seed = self.settings.loss_chunk, self.settings.seed
-                self.train_step = _Compiled(
-                    step.train_step(transformer, models.unembed, chosen, chunk=chunk, seed=seed,
-                                    dropout=self.job.dropout), self.interrupts, self.progress, donate=(0,))
-                self.eval_step = _Compiled(step.eval_step(transformer, models.unembed, chunk=chunk), self.interrupts,
-                                           self.progress)
-                self.started = time.monotonic()
-                try:
-                    self._steps()
-                except Cancelled:
-                    status = "cancelled"
-                if status == "finished" and self.done < self.total:
-                    status = "interrupted"
-                signal = self.interrupts.requested if status != "finished" else None
-        finally:
-            self.log.refresh_plots()
-            self.log.close()
-        return Run(self.directory.path, status, self.done, self.total, [loss for _, loss in self.log.losses],
-                   [loss for _, loss in self.log.eval_losses], [at for at, _ in self.log.eval_losses],
-                   exit_code=128 + signal if signal else 0)
-
-    def _initial_state(self, chosen, resume_step: int | None) -> step.State:
-        tree = self.job.adapter
-        if tree is None:
-            tree = lora.init(self.job.spec, self.job.linears, jax.random.key(self.settings.seed))
-        state = step.initial_state(tree, chosen)
-        return state if resume_step is None else self.directory.checkpoints.restore(resume_step, state)
-
-    def _write_record(self) -> None:
-        self.directory.write(CONFIG, gin_config.text(self.job.config, defaults=False))
-        self.directory.write(OPERATIVE, gin_config.text(self.job.config))
-        self.directory.write(ENV, json.dumps(env.report(), indent=1))
-
-    def _steps(self) -> None:
-        """Evaluate and save where due, then step: so a resumed run does what was left undone at its first step."""
-        while True:
-            if self._evaluation_due():
-                self._evaluate()
-            stopping = self.interrupts.requested is not None
-            if self.done > self.saved and (self.done == self.total or stopping or _due(self.settings.save_steps,
-                                                                                        self.done)):
-                self._save()
-            if self.done >= self.total or stopping:
-                return
-            self._step()
-
-    def _evaluation_due(self) -> bool:
-        if self.job.evaluation is None or any(at == self.done for at, _ in self.log.eval_losses):
-            return False
-        return self.done in (0, self.total) or _due(self.settings.eval_steps, self.done)
-
-    def _step(self) -> None:
-        number = self.done + 1
-        batch = self.job.batches.batch(self.done)
-        execute = self.train_step.prepare(self.state, self.params, batch)
-        self._begin(f"step {number}/{self.total}")
-        started, host = time.monotonic(), self._host_seconds()
-
-        def work():
-            state, metrics = execute(self.state, self.params, batch)
-            return state, jax.tree.map(float, jax.block_until_ready(metrics))
-
-        try:
-            self.state, metrics = self.interrupts.call(work)
-        except jax.errors.JaxRuntimeError as error:
-            raise RunError(f"step {number} failed: {error}\n{self._last_saved()}. Where memory was short: lower "
-                           "Train.micro_rows, Train.rows_per_step or Train.loss_chunk") from error
-        seconds = time.monotonic() - started
-        if not metrics.finite:
-            raise RunError(f"step {number} made a loss of {metrics.loss} with a gradient norm of {metrics.grad_norm}: "
-                           f"the run stops before its update. {self._last_saved()}. A lower Optimizer.learning_rate, "
-                           "more warm-up or clipping may help; float32 tells whether it is a matter of rounding")
-        tokens = int((batch["segments"] > 0).sum())
-        times = StepTimes(seconds, self._host_seconds() - host, tokens, batch["segments"].size)
-        rate = float(self.schedule(self.done))
-        self.done = number
-        self.log.step(number, loss=metrics.loss, rate=rate, grad_norm=metrics.grad_norm,
-                      epoch=number / len(self.job.batches), elapsed=time.monotonic() - self.started, times=times)
-        self.progress.step(number, metrics.loss, rate, times)
-
-    def _evaluate(self) -> None:
-        """The loss over every evaluation example; given up when a signal asks to stop."""
-        total = count = 0.0
-        batches = self.job.evaluation_batches()
-        for number, batch in enumerate(batches, start=1):
-            if self.interrupts.requested is not None:
-                return
-            execute = self.eval_step.prepare(self.state.lora, self.params, batch)
-            self._begin(f"evaluating {number}/{len(batches)}")
-            part = self.interrupts.call(
-                lambda execute=execute, batch=batch: jax.tree.map(float, execute(self.state.lora, self.params, batch)))
-            total, count = total + part[0], count + part[1]
-        loss = total / max(count, 1.0)
-        self.log.evaluation(self.done, loss=loss, epoch=self.done / len(self.job.batches),
-                            elapsed=time.monotonic() - self.started)
-        self.progress.say(f"evaluation loss after {self.done} steps: {loss:.4f}")
-
-    def _save(self) -> None:
-        self._begin(f"saving step {self.done}")
-
-        def work():
-            def write(directory: Path):
-                adapters.save(directory, self.state.lora, self.job.spec, self.job.linears, base=self.job.base,
-                              chat_template=self.job.tokenizer.chat_template)
-
-            self.directory.checkpoints.save(self.done, self.state, write, self.job.identity)
-            write(self.directory.adapter)
-            self.log.refresh_plots()
-
-        self.interrupts.call(work)
-        self.saved = self.done
-        self.progress.say(f"saved step {self.done}: {self.directory.checkpoints.path(self.done)}")
-
-    def _begin(self, what: str) -> None:
-        self.doing = what
-        self.progress.begin(what)
-
-    def _host_seconds(self) -> float:
-        if self.store is None:
-            return 0.0
-        stats = self.store.stats()
-        return stats["forward_seconds"] + stats["backward_seconds"]
-
-    def _last_saved(self) -> str:
-        if not self.saved:
-            return "Nothing has been saved yet"
-        return f"The state of step {self.saved} is in {self.directory.checkpoints.path(self.saved)}"
-
-    def _acknowledge(self, number: int) -> None:
-        if number == 1:
-            left = self.progress.expected() if self.doing.startswith("step") else None
-            about = "" if left is None else f", about {left:.0f} s"
-            self.progress.say(f"finishing {self.doing or 'compilation'}{about}, then saving; again to stop now")
-        else:
-            self.progress.say(f"stopping now: {self.doing} is lost. {self._last_saved()}")
-
-
-def _due(every: int | None, done: int) -> bool:
-    return every is not None and done > 0 and done % every == 0

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from kjax import config, loss, optimizer
+from kjax.data import IGNORE
 
 B, T, D, V = 3, 11, 16, 37
 
@@ -19,7 +20,7 @@ def problem():
     hidden = jnp.asarray(rng.standard_normal((B, T, D)), jnp.float32)
     weight = jnp.asarray(rng.standard_normal((V, D)), jnp.float32)
     targets = rng.integers(0, V, (B, T)).astype(np.int32)
-    targets[rng.random((B, T)) < 0.4] = loss.IGNORED
+    targets[rng.random((B, T)) < 0.4] = IGNORE
     return hidden, weight, jnp.asarray(targets)
 
 
@@ -48,7 +49,7 @@ def test_cross_entropy_equals_the_plain_one(problem, chunk):
 
 def test_cross_entropy_without_targets_is_zero(problem):
     hidden, weight, _ = problem
-    total, count = loss.cross_entropy(unembed(weight), hidden, jnp.full((B, T), loss.IGNORED), 8)
+    total, count = loss.cross_entropy(unembed(weight), hidden, jnp.full((B, T), IGNORE), 8)
     assert total == 0 and count == 0
 
 
@@ -60,7 +61,7 @@ def test_untrained_chunks_compute_no_logits(problem):
         jax.debug.callback(lambda: calls.append(1))
         return unembed(weight)(rows)
 
-    few = jnp.where(jnp.arange(B * T).reshape(B, T) % 10 == 0, jnp.abs(targets) % V, loss.IGNORED)  # 4 targets of 33
+    few = jnp.where(jnp.arange(B * T).reshape(B, T) % 10 == 0, jnp.abs(targets) % V, IGNORE)  # 4 targets of 33
     total, count = loss.cross_entropy(counted, hidden, few, 4)
     jax.block_until_ready(total)
     jax.effects_barrier()
