@@ -273,6 +273,7 @@ def test_every_shard_gets_a_tensor(tmp_path):
 def test_grouped_names():
     grid = [f"a.{i}.b.{j}.c" for i in (0, 1, 3) for j in range(2)]
     assert names.grouped(grid) == "a.{0-1,3}.b.{0-1}.c (6)"
+    assert names.grouped(grid[:2]) == "a.0.b.{0-1}.c (2)"
     assert names.grouped(grid[:5]) == ", ".join(grid[:5])
     assert names.grouped(["x.{}.y", "x\x1b.1.z"]) == r"x.{}.y, x\x1b.1.z"
     assert names.grouped(["a.01.b", "a.1.b", "a.2.b", "a.3.b", "a.4.b"]) == "a.01.b, a.{1-4}.b (4)"

@@ -103,10 +103,12 @@ def account(checkpoint: Checkpoint, config, abstract: Mapping) -> dict[str, Plac
     report += [f"wrong shape: {line}" for line in _misshapen(entries, everything)]
     report += [f"wrong dtype: {line}" for line in _unreadable(entries, hosted)]
     if report:
+        quantised = any(entry.dtype not in READABLE for entry in entries)
         raise CheckpointError(
             f"{checkpoint.directory}: the tensors do not fit config.json (model_type {quote(config.model_type)}):\n  "
             + "\n  ".join(report)
-            + "\nUse the config.json that belongs to these weights, or download the checkpoint again."
+            + ("\nQuantised weights are not read yet: give a BF16 copy of the checkpoint." if quantised else
+               "\nUse the config.json that belongs to these weights, or download the checkpoint again.")
         )
     return wanted
 
@@ -167,8 +169,8 @@ def grouped(names: Iterable[str], limit: int = 20) -> str:
     shown = []
     for parts, numbers in patterns.items():
         axes = [sorted(set(axis)) for axis in zip(*numbers, strict=True)]
-        if len(numbers) > 3 and math.prod(map(len, axes)) == len(numbers):
-            shown.append(f"{_filled(parts, ['{' + _ranges(axis) + '}' for axis in axes])} ({len(numbers):,})")
+        if len(numbers) > 1 and math.prod(map(len, axes)) == len(numbers):
+            shown.append(f"{_filled(parts, map(_ranges, axes))} ({len(numbers):,})")
         else:
             few = [_filled(parts, number) for number in numbers[:limit]]
             more = f"... {len(numbers) - limit:,} more like {_filled(parts, ['*'] * len(axes))}"
@@ -183,11 +185,12 @@ def _filled(parts: tuple[str, ...], between: Iterable[object]) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """`0-3,7` for 0, 1, 2, 3, 7."""
+    """`{0-3,7}` for 0, 1, 2, 3, 7; a single number stands alone."""
     runs = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return text if len(numbers) == 1 else "{" + text + "}"

@@ -1,0 +1,101 @@
+"""Published checkpoints by their tensor lists alone: every tensor is placed, a scale of one that is, or skipped.
+
+The shards are made anew from names, shapes and dtypes, with holes in place of the data.
+"""
+
+import gzip
+import json
+import math
+import os
+import struct
+
+import jax
+import pytest
+
+from kjax.errors import CheckpointError
+from kjax.models import ModelConfig, abstract_params
+from kjax.weights import names
+from kjax.weights.safetensors import INDEX, ITEMSIZE, Checkpoint
+
+LISTS = {"r1map.json.gz": ("deepseek_r1", 91_991, 163), "k2map.json.gz": ("kimi_k2_instruct_0711", 139_644, 61)}
+
+
+def hollow(directory, tensors):
+    """A checkpoint of sparse files."""
+    shards = {}
+    for name, tensor in tensors.items():
+        shards.setdefault(tensor["file"], {})[name] = tensor
+    for file, content in shards.items():
+        header, end = {}, 0
+        for name, tensor in content.items():
+            begin, end = end, end + math.prod(tensor["shape"]) * ITEMSIZE[tensor["dtype"]]
+            header[name] = {"dtype": tensor["dtype"], "shape": tensor["shape"], "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        (directory / file).write_bytes(struct.pack("<Q", len(text)) + text)
+        os.truncate(directory / file, 8 + len(text) + end)
+    (directory / INDEX).write_text(json.dumps({"weight_map": {name: t["file"] for name, t in tensors.items()}}))
+
+
+@pytest.fixture(scope="module", params=LISTS)
+def published(request, shared_data, tmp_path_factory):
+    """(open checkpoint, config, tensors of the list, number of tensors and shards published)."""
+    folder, count, shards = LISTS[request.param]
+    config = next(iter((shared_data / "configs").glob(f"{folder}*.json")), None)
+    if config is None or not (shared_data / "tensor_maps" / request.param).exists():
+        pytest.skip("no tensor list")
+    tensors = json.loads(gzip.decompress((shared_data / "tensor_maps" / request.param).read_bytes()))
+    directory = tmp_path_factory.mktemp("hollow")
+    try:
+        hollow(directory, tensors)
+    except OSError:
+        pytest.skip("the file system does not take sparse files of this size")
+    with Checkpoint(directory) as checkpoint:
+        yield checkpoint, ModelConfig.from_json(config), tensors, count, shards
+
+
+def test_index_of_a_published_checkpoint(published):
+    checkpoint, _, tensors, count, shards = published
+    assert len(tensors) == count and set(checkpoint.names()) == set(tensors)
+    assert len({checkpoint.entry(name).path for name in tensors}) == shards
+    for name, tensor in tensors.items():
+        entry = checkpoint.entry(name)
+        assert (entry.path.name, entry.dtype, list(entry.shape)) == (tensor["file"], tensor["dtype"], tensor["shape"])
+
+
+def test_every_tensor_is_accounted_for(published):
+    checkpoint, config, tensors, _, _ = published
+    placed = {name: place.shape for name, place in names.places(abstract_params(config, "bfloat16", "host")).items()}
+    routed = {name: shape for _, _, _, name, shape in names.experts(config)}
+    assert not placed.keys() & routed.keys()
+    for name, shape in (placed | routed).items():
+        assert tuple(tensors[name]["shape"]) == tuple(shape), name
+
+    rest = tensors.keys() - placed.keys() - routed.keys()
+    skipped = {name for name in rest if names.skipped(name, config)}
+    scales = {name for name in rest - skipped if name.endswith(".weight_scale_inv")}
+    assert rest == skipped | scales
+    assert {name.removesuffix("_scale_inv") for name in scales} <= placed.keys() | routed.keys()
+    # Nothing that has a place is on the skip list.
+    assert not any(names.skipped(name, config) for name in placed | routed)
+    assert len(skipped) == (61 if config.model_type == "kimi_k2" else sum(".layers.61." in name for name in tensors))
+
+
+def test_device_experts_have_places_too(published):
+    _, config, tensors, _, _ = published
+    placed = names.places(abstract_params(config, "bfloat16", "device"))
+    routed = {name: shape for _, _, _, name, shape in names.experts(config)}
+    assert {name: tuple(placed[name].shape) for name in routed} == routed
+    gate = placed[f"model.layers.{config.first_k_dense_replace + 5}.mlp.experts.17.gate_proj.weight"]
+    assert gate.index == (5, 17) and gate.leaf == "moe_layers/mlp/experts/gate_proj"
+
+
+def test_what_cannot_be_read_is_explained_briefly(published):
+    checkpoint, config, _, _, _ = published
+    abstract = abstract_params(config, "bfloat16", "host")
+    with pytest.raises(CheckpointError) as caught:
+        names.account(checkpoint, config, abstract)
+    message = str(caught.value)
+    assert "wrong dtype: F8_E4M3" in message and "self_attn.o_proj.weight" in message
+    assert ".mlp.experts.{0-255}." in message or ".mlp.experts.{0-383}." in message
+    assert "Quantised weights are not read yet" in message and len(message) < 4000
+    assert len(jax.tree.leaves(abstract)) < 60
