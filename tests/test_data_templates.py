@@ -38,11 +38,11 @@ def children():
 
 
 @pytest.mark.parametrize("source, message", [
-    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not finish"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "2 s of processor time"),
     ("{% for i in range(99999) %}{% for j in range(99999) %}spam and eggs{% endfor %}{% endfor %}", "writes more than"),
     ("{% set ns = namespace(x='spam') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
      "needs more than 512 MiB|does not finish"),  # touching pages takes time too
-    ("{{ 9 ** (9 ** 9) }}", "does not finish"),
+    ("{{ 9 ** (9 ** 9) }}", "2 s of processor time"),
     ("{{ 'x' * 10 ** 10 }}", "needs more than 512 MiB"),
     ("{{ '%9999999999d' % 1 }}", "chat template"),
     ("{{ range(10 ** 9) | list }}", "OverflowError"),
@@ -152,6 +152,13 @@ def test_the_models_own_template_gets_the_same_mask(toy, tmp_path):
     source = CHATML.replace(" + '<|im_end|>'", " + ' ' + '<|im_end|>'").replace("+ m.content | trim", "+ m.content")
     ids, trained = load(toy, tmp_path, source).render(DIALOGUE)
     assert tokenizer.decode(ids[trained]) == "the cat <|im_end|>sat <|im_end|>"
+
+
+def test_text_behind_a_reply_is_not_trained(toy, tmp_path):
+    source = "{% for m in messages %}{{ m.content + ' said: <|im_user|>' }}{% endfor %}"
+    tokenizer = load(toy, tmp_path, source)
+    ids, trained = tokenizer.render(DIALOGUE[1:3])
+    assert tokenizer.decode(ids[trained]) == "the cat"
 
 
 def test_marks_agree_with_the_generation_blocks(toy, tmp_path):

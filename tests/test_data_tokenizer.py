@@ -134,6 +134,20 @@ def test_texts_that_meet_make_no_special_token(tmp_path):
         assert tokenizer.decode(ids) == data_toy.BOS + left + right + data_toy.EOS
 
 
+def test_a_vocabulary_that_lists_special_tokens(tmp_path):
+    """Words that stand in the vocabulary are taken whole where ignore_merges says so: special ones must not be."""
+    directory = data_toy.write(tmp_path, specials=["<think>"])
+
+    def add(content):
+        content["model"]["vocab"]["zebra"] = 999
+        content["model"]["ignore_merges"] = True
+        content["added_tokens"].append(content["added_tokens"][0] | {"content": "zebra", "id": 999})
+
+    tokenizer = Tokenizer.load(rewrite(directory, add))
+    assert tokenizer.specials["zebra"].id == 999
+    assert 999 not in tokenizer.encode("zebra") and tokenizer.decode(tokenizer.encode("zebra")) == "zebra"
+
+
 def test_only_a_reply_may_think(toy):
     think = toy.specials["<think>"].id
     assert think in toy.render(dialogue("x", "<think>a</think>b"))[0]
@@ -254,6 +268,32 @@ def test_a_small_tiktoken_file(tmp_path):
     assert tokenizer.encode("the") == [258]
     assert tokenizer.encode("hthe") == [ord("h"), 256, ord("e")] or tokenizer.encode("hthe") == [ord("h"), 258]
     assert tokenizer.vocab_size == 259 + 256
+
+
+def test_small_vocabularies_equal_tiktoken():
+    """Vocabularies full of ties, of tokens with several splits, and of tokens that no merge reaches."""
+    tiktoken = pytest.importorskip("tiktoken")
+    draw = random.Random(1)
+    for _ in range(60):
+        tokens = [bytes([b]) for b in range(256)]
+        while len(tokens) < 256 + 12:
+            pool = [token for token in tokens if set(token) <= set(b"ab")]
+            token = draw.choice(pool) + draw.choice(pool) if draw.random() < 0.8 else bytes(draw.choices(b"ab", k=4))
+            if token not in tokens and len(token) < 9:
+                tokens.append(token)
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        ours = tiktoken_file.convert(ranks)
+        oracle = tiktoken.Encoding("small", pat_str=tiktoken_file.PATTERN, mergeable_ranks=ranks, special_tokens={})
+        words = ["".join(draw.choices("ab", k=draw.randrange(1, 14))) for _ in range(40)]
+        words += [token.decode() for token in tokens[256:]]
+        assert [e.ids for e in ours.encode_batch(words)] == oracle.encode_ordinary_batch(words)
+
+
+def test_how_kimi_cuts_text():
+    text = "I've 12345 中文abc  x\n\n don't!? WHO'S  end  "
+    cut = tiktoken_file.convert({bytes([b]): b for b in range(256)}).pre_tokenizer.pre_tokenize_str(text)
+    assert [text[begin:end] for _, (begin, end) in cut] == [
+        "I've", " ", "123", "45", " ", "中文", "abc", " ", " x", "\n\n", " don't", "!?", " WHO'S", " ", " end", "  "]
 
 
 @pytest.mark.parametrize("change, message", [
