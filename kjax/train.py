@@ -53,7 +53,7 @@ def _saved_state(directory: RunDirectory, console: Console) -> dict:
     """The manifest of the newest state, checked file by file."""
     for path in directory.checkpoints.unfinished():
         console.print(f"{path}: a save that was cut short, not used", soft_wrap=True, markup=False)
-    return directory.checkpoints.latest()
+    return directory.checkpoints.latest()[1]
 
 
 def _compare(saved: dict, identity: checkpoint.Identity, console: Console, *, force: bool) -> None:
