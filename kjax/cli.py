@@ -112,9 +112,8 @@ def _positive(text: str) -> int:
 
 
 def _train(args) -> int:
-    from kjax import env, gin_config
+    from kjax import gin_config
     config = gin_config.load(args.gin_file, args.bindings)
-    env.check()
     from kjax.train import train
     run = train(config, resume=args.resume, overwrite=args.overwrite)
     print(run)

@@ -166,7 +166,8 @@ def backend() -> dict[str, Any]:
 
     try:
         devices = jax.devices()
-        found = {"backend": jax.default_backend(), "devices": [f"{d.device_kind} ({d.platform}:{d.id})" for d in devices]}
+        found = {"backend": jax.default_backend(),
+                 "devices": [f"{d.device_kind} ({d.platform}:{d.id})" for d in devices]}
         stats = devices[0].memory_stats() or {}
         if "bytes_limit" in stats:
             found["memory"] = stats["bytes_limit"]
@@ -200,8 +201,8 @@ def check_platforms(platforms: str):
     """A list of JAX platforms without cpu: the host calls, which run beside the CPU backend, would hang or fail."""
     names = [name.strip() for name in platforms.split(",") if name.strip()]
     if names and "cpu" not in names:
-        raise ConfigError(f"JAX_PLATFORMS={platforms} leaves out the CPU backend, which calls to the experts on the host "
-                          f"need: set JAX_PLATFORMS={','.join(names)},cpu, or unset it")
+        raise ConfigError(f"JAX_PLATFORMS={platforms} leaves out the CPU backend, which calls to the experts on the "
+                          f"host need: set JAX_PLATFORMS={','.join(names)},cpu, or unset it")
 
 
 def problems(root: Path, environ: Mapping[str, str] = os.environ) -> list[str]:

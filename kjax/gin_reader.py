@@ -153,7 +153,8 @@ def _source(path: Path, shown: str) -> str:
         source = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{shown}:{line}: not UTF-8 (byte {raw[error.start]:#04x}); save the file as UTF-8") from error
+        byte = raw[error.start]
+        raise ConfigError(f"{shown}:{line}: not UTF-8 (byte {byte:#04x}); save the file as UTF-8") from error
     if "\0" in source:
         raise ConfigError(f"{shown}:{source.count(chr(10), 0, source.index(chr(0))) + 1}: holds a NUL character")
     return source

@@ -1,6 +1,7 @@
 """Gin files: what they may hold, what is refused with file and line, and the way back to text."""
 
 import math
+import re
 import threading
 import typing
 from dataclasses import replace
@@ -39,7 +40,8 @@ def test_files_then_command_line(gin):
 
 
 def test_bindings_from_python():
-    loaded = gin_config.load(bindings={"Model.directory": "m", "Data.dataset": "d", "Train.run_dir": "r", "Lora.rank": 2})
+    given = {"Model.directory": "m", "Data.dataset": "d", "Train.run_dir": "r"}
+    loaded = gin_config.load(bindings=given | {"Lora.rank": 2})
     assert (loaded.model.directory, loaded.lora.rank) == ("m", 2)
 
 
@@ -117,7 +119,8 @@ def test_refused_with_file_and_line(gin, line, message):
 def test_nothing_is_executed(gin, tmp_path, monkeypatch):
     (tmp_path / "trap.py").write_text("raise SystemExit('executed')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for line in ("import trap", "from trap import x", "Lora.rank = @trap.x()", "from __gin__ import dynamic_registration"):
+    for line in ("import trap", "from trap import x", "Lora.rank = @trap.x()",
+                 "from __gin__ import dynamic_registration\nimport trap"):
         with pytest.raises(ConfigError):
             gin_config.load(gin(COMPLETE + line + "\n"))
 
@@ -153,7 +156,8 @@ def test_includes_do_not_leave_the_directory(gin, tmp_path):
 
 
 def test_all_missing_values_at_once_and_wrong_ones_beside_them(gin):
-    path = gin("A = %gin.REQUIRED\nLora.rank = %A\nLora.alpha = %B\nOptimizer.beta1 = 2.0\nTrain.run_dir = %gin.REQUIRED\n")
+    path = gin("A = %gin.REQUIRED\nLora.rank = %A\nLora.alpha = %B\nOptimizer.beta1 = 2.0\n"
+               "Train.run_dir = %gin.REQUIRED\n")
     with pytest.raises(ConfigError) as error:
         gin_config.load(path)
     assert str(error.value).splitlines() == [
@@ -288,3 +292,18 @@ def test_loads_do_not_see_each_other(gin):
         thread.join()
     assert not errors and ranks == {n: {n} for n in range(1, 9)}
     assert gin_config.load(bindings=GIVEN).lora == config.Lora()  # nothing is left of the files
+
+
+def test_fallback_fills_only_what_is_missing(gin):
+    path = gin("Train.run_dir = %RUN\nModel.directory = 'm'\n")
+    loaded = gin_config.load(path, fallback={"Train.run_dir": "none", "Data.dataset": "none", "Model.directory": "x"})
+    assert (loaded.train.run_dir, loaded.data.dataset, loaded.model.directory) == ("none", "none", "m")
+
+
+def test_annotated_text_loads_again(gin):
+    resolved = gin_config.resolve(gin(COMPLETE + "Lora.rank = 3\n"))
+    shown = gin_config.annotated(resolved)
+    assert re.search(r"^Lora.rank = 3 +# .*run.gin:4$", shown, re.MULTILINE)
+    assert re.search(r"^Lora.alpha = 16.0 +# default$", shown, re.MULTILINE)
+    assert "tokens per step: at most 32,768 (16 rows of 2048)" in shown
+    assert gin_config.load(gin(shown, "again.gin")) == resolved.config
