@@ -145,7 +145,10 @@ def show(settings: config.Config, rows: int = 3, console: Console | None = None)
             extra = [("steps per epoch", f"{len(batches):,} of {settings.train.rows_per_step} "
                                          f"{settings.data.rows} rows, {batches.padded_share():.1%} padding")]
             console.print(preview(dataset, tokenizer, rows, title, extra if title == "training data" else ()))
+    if console.color_system is None:
+        console.print("⟦ ⟧ trained")
+        return
     legend = Text("trained", style=_STYLES[False, True][0])
-    console.print(legend.append("  end token", style=_STYLES[True, True][0])
+    console.print(legend.append("  trained special token", style=_STYLES[True, True][0])
                   .append("  prompt", style=_STYLES[False, False][0])
                   .append("  special token", style=_STYLES[True, False][0]))

@@ -67,10 +67,8 @@ def convert(ranks: Mapping[bytes, int]) -> Tokenizer:
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
-        splits = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [(left, right) for left, right in splits if left in ranks and right in ranks]
-        merges += [(spelled[left], spelled[right])
-                   for left, right in sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))]
+        splits = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        merges += [(spelled[left], spelled[right]) for left, right in splits if left in ranks and right in ranks]
     vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
     bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
