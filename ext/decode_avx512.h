@@ -44,22 +44,21 @@ void along_panel(const Matrix& w, int64_t row, int64_t last, int64_t k, int64_t 
   }
 }
 
-// Rows [k, k + depth) x n columns from col -> panels [n / kLine][depth / 2][kLine][2], zeros beyond n and beyond an odd depth.
+// Rows [k, k + depth) x n columns from col -> panels [n / kLine][pairs][kLine][2], zeros beyond n columns and depth rows.
 template <Format F>
-void across_panel(const Matrix& w, int64_t k, int64_t depth, int64_t col, int64_t n, uint16_t* panel) {
+void across_panel(const Matrix& w, int64_t k, int64_t depth, int64_t col, int64_t n, uint16_t* panel, int64_t pairs) {
   alignas(64) static const uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  const int64_t pairs = (depth + 1) / 2;
   constexpr int64_t kTogether = 16;  // pairs of rows per visit of a column line: bounds the DRAM pages open at once
   for (int64_t p = 0; p < pairs; p += kTogether)
     for (int64_t c = 0; c < n; c += kLine) {
       uint16_t* out = panel + (c * pairs + p * kLine) * 2;
       for (int64_t q = p; q < pairs && q < p + kTogether; ++q, out += kLine * 2)
         for (int64_t h = 0; h < kLine; h += 32) {
-          const bool odd = 2 * q + 1 < depth;
-          const __m512i a = Decode<F>::load32(w, k + 2 * q, col + c + h, n - c - h);
-          const __m512i b = odd ? Decode<F>::load32(w, k + 2 * q + 1, col + c + h, n - c - h) : _mm512_setzero_si512();
+          const int64_t row = k + 2 * q;
+          const __m512i a = 2 * q < depth ? Decode<F>::load32(w, row, col + c + h, n - c - h) : _mm512_setzero_si512();
+          const __m512i b = 2 * q + 1 < depth ? Decode<F>::load32(w, row + 1, col + c + h, n - c - h) : _mm512_setzero_si512();
           _mm512_store_si512(out + h * 2, _mm512_permutex2var_epi16(a, low, b));
           _mm512_store_si512(out + h * 2 + 32, _mm512_permutex2var_epi16(a, high, b));
         }

@@ -12,9 +12,15 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace kjax {
 namespace {
+
+constexpr const char* kTilePermission = "amx_permission";
 
 struct Isa {
   const char* name;
@@ -22,19 +28,28 @@ struct Isa {
   const FloatKernels* floats;  // null: those of the ISA below
   const Gemm* bf16;            // replaces the float products for formats computed in bf16
   bool built;
+  bool only_asked_for = false;  // a model of hardware, for tests
 };
 
 // Best first; each also runs what the ones below it run.
 const std::vector<Isa>& isas() {
   static const std::vector<std::string> avx512 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"};
   static const std::vector<std::string> avx512bf16 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"};
+  static const std::vector<std::string> amx = {"avx2",     "fma",         "avx512f",  "avx512bw", "avx512dq",
+                                               "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16", kTilePermission};
   static const std::vector<Isa> all = {
+#if defined(KJAX_AMX)
+      {"amx", amx, nullptr, &kAmxGemm, true},
+#else
+      {"amx", amx, nullptr, nullptr, false},
+#endif
 #if defined(KJAX_AVX512BF16)
       {"avx512bf16", avx512bf16, nullptr, &kAvx512Bf16Gemm, true},
 #else
       {"avx512bf16", avx512bf16, nullptr, nullptr, false},
 #endif
 #if defined(KJAX_X86)
+      {"amx_soft", avx512, nullptr, &kAmxSoftGemm, true, true},
       {"avx512", avx512, &kAvx512Kernels, nullptr, true},
       {"avx2", {"avx2", "fma"}, &kAvx2Kernels, nullptr, true},
 #else
@@ -46,10 +61,17 @@ const std::vector<Isa>& isas() {
   return all;
 }
 
+bool only_asked_for(const std::string& name) {
+  for (const Isa& isa : isas())
+    if (name == isa.name) return isa.only_asked_for;
+  return false;
+}
+
 std::string why_not(const Isa& isa, const std::set<std::string>& features) {
   std::string missing;
   for (const std::string& need : isa.needs)
     if (!features.count(need)) missing += (missing.empty() ? "" : ", ") + need;
+  if (missing == kTilePermission) return "Linux does not grant this process the tile registers";
   if (!missing.empty()) return "this CPU lacks " + missing;
   return isa.built ? "" : "left out of this build: the compiler or architecture cannot make it";
 }
@@ -59,13 +81,24 @@ Kernels assemble(const std::string& name) {
   bool reached = false;
   for (const Isa& isa : isas()) {
     reached |= name == isa.name;
-    if (!reached) continue;
+    if (!reached || (isa.only_asked_for && name != isa.name)) continue;
     if (isa.floats && !kernels.elementwise) kernels.elementwise = &isa.floats->elementwise;
     for (const Gemm* gemm : {isa.bf16, isa.floats ? &isa.floats->gemm : nullptr})
       for (int format = 0; gemm && format < kFormats; ++format)
         if (!kernels.gemm[format] && gemm->along[format]) kernels.gemm[format] = gemm;
   }
   return kernels;
+}
+
+// Linux hands out the tile registers on request, once and for all threads of the process.
+bool tiles_permitted() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+#else
+  return false;
+#endif
 }
 
 }  // namespace
@@ -91,6 +124,11 @@ std::set<std::string> cpu_features() {
               {static_cast<bool>(c >> 1 & 1), "avx512_vbmi"}};
   for (const auto& feature : wide)
     if (zmm && feature.set) found.insert(feature.name);
+  if ((xcr0 & 0x60000) == 0x60000) {
+    if (d >> 24 & 1) found.insert("amx_tile");
+    if (d >> 22 & 1) found.insert("amx_bf16");
+    if ((d >> 24 & 1) && tiles_permitted()) found.insert(kTilePermission);
+  }
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && zmm && (a >> 5 & 1)) found.insert("avx512_bf16");
 #endif
   return found;
@@ -108,8 +146,8 @@ std::pair<std::string, std::string> choose_isa(const std::set<std::string>& feat
     if (reason.empty()) usable += (usable.empty() ? "" : ", ") + name;
   for (const auto& [name, reason] : available_isas(features)) {
     if (override_name.empty()) {
-      if (reason.empty()) return {name, passed_over.empty() ? "the best kjax has" : passed_over};
-      passed_over = text(passed_over, passed_over.empty() ? "" : "; ", name, ": ", reason);
+      if (reason.empty() && !only_asked_for(name)) return {name, passed_over.empty() ? "the best kjax has" : passed_over};
+      if (!reason.empty()) passed_over = text(passed_over, passed_over.empty() ? "" : "; ", name, ": ", reason);
     } else if (override_name == name) {
       if (reason.empty()) return {name, "asked for by KJAX_ISA"};
       throw std::invalid_argument(text("KJAX_ISA=", name, ": ", reason, "; available here: ", usable));

@@ -29,8 +29,6 @@ size_t size_of(Dtype dtype) { return dtype == Dtype::kBf16 ? 2 : 4; }
 // Length of an operand row: zero-padded for whole vectors, and never a multiple of 4 KB, where all rows would share one L1 set.
 int64_t row_length(int64_t n) { return round_up(n, kPad) + kPad; }
 
-constexpr int64_t kGatherRows = 32;  // routes per task of copying token rows together
-
 // Counters of one call, reset without reallocation.
 class Counters {
  public:
@@ -51,10 +49,10 @@ class Counters {
 // Memory between calls; calls take turns, so there is one.
 struct Workspace {
   Routing routing;
-  Memory rows, more_rows;  // operand rows by route: x or dy [routes, row_length(width)]; h, and x in a recomputation
+  Memory rows, more_rows;  // operand rows by slot: x or dy [slots, row_length(width)]; h, and x in a recomputation
   Memory sums;             // fp32 output [tokens, width] where the output itself is bf16
   Memory partial;          // [routes, strips] parts of dgate
-  Memory activations;      // g and u of a recomputation
+  Memory activations;      // g and u, then dg and du, of a backward call, by slot
   Counters gathered, ready, turn;
 };
 Workspace& workspace() {
@@ -76,13 +74,15 @@ class Pass {
         width(store.width),
         hidden(store.hidden),
         segments(static_cast<int64_t>(space.routing.segments.size())),
-        gathers((space.routing.routes() + kGatherRows - 1) / kGatherRows),
+        gathers(static_cast<int64_t>(space.routing.pieces.size())),
         gathered(space.gathered.reset(segments)),
         ready(space.ready.reset(segments)) {}
 
-  std::byte* row(const Memory& memory, int64_t route, int64_t length) const {
-    return memory.data() + static_cast<size_t>(route * length) * size_of(type);
+  // Operand row `slot` of rows of `length` numbers.
+  std::byte* row(const Memory& memory, int64_t slot, int64_t length) const {
+    return memory.data() + static_cast<size_t>(slot * length) * size_of(type);
   }
+  size_t operand_bytes(int64_t n) const { return static_cast<size_t>(routing.slots * row_length(n)) * size_of(type); }
   Matrix matrix(int64_t segment, int projection) const {
     return store.matrix(static_cast<int>(call.layer), routing.segments[segment].expert, projection);
   }
@@ -90,18 +90,18 @@ class Pass {
     return {w, block * step, std::min(step, along_count - block * step)};
   }
 
-  // Copies the token rows of routes [32 task, 32 task + 32) to `rows`, rounded to the operand type.
-  void gather(const void* from, const Memory& rows, int64_t task, Counter* done) const {
-    const int64_t length = row_length(width), end = std::min(routing.routes(), (task + 1) * kGatherRows);
-    auto segment = std::upper_bound(routing.segments.begin(), routing.segments.end(), task * kGatherRows,
-                                    [](int64_t route, const Segment& s) { return route < s.first; }) - 1;
-    for (int64_t route = task * kGatherRows; route < end; ++segment) {
-      const int64_t stop = std::min(end, segment->first + segment->rows), count = stop - route;
-      for (; route < stop; ++route)
-        elementwise.convert(static_cast<const std::byte*>(from) + static_cast<size_t>(routing.token[route] * width) * size_of(call.dtype),
-                            call.dtype, row(rows, route, length), type, width, length - width);
-      done[segment - routing.segments.begin()].fetch_add(static_cast<int32_t>(count), std::memory_order_release);
-    }
+  // Copies the token rows of one piece together, rounded to the operand type, and packs them where `along` wants that.
+  void gather(const Worker& worker, const void* from, const Memory& rows, int64_t task, bool for_along) const {
+    const Piece& piece = routing.pieces[task];
+    const Segment& s = routing.segments[piece.segment];
+    const int64_t length = row_length(width);
+    const bool packed = for_along && gemm.pack;
+    std::byte* const to = packed ? worker.scratch.data() + staging_offset() : row(rows, s.slot + piece.row, length);
+    for (int64_t r = 0; r < piece.rows; ++r)
+      elementwise.convert(static_cast<const std::byte*>(from) + static_cast<size_t>(routing.token[s.first + piece.row + r] * width) * size_of(call.dtype),
+                          call.dtype, to + r * length * size_of(type), type, width, length - width);
+    if (packed) gemm.pack(to, length, piece.rows, piece.row, s.rows, 0, width, row(rows, s.slot, length));
+    gathered[piece.segment].fetch_add(static_cast<int32_t>(piece.rows), std::memory_order_release);
   }
 
   // C of one product, [rows, ldc] in this worker's scratch after the kernel's own.
@@ -109,31 +109,37 @@ class Pass {
     return reinterpret_cast<float*>(worker.scratch.data() + kScratch) + which * kMaxRows * kWidest;
   }
   static constexpr int64_t kWidest = 4 * kLine;
-  static constexpr size_t kWorkerBytes = kScratch + 2 * sizeof(float) * kMaxRows * kWidest;
+  // Rows on their way into the packed layout: a piece of x, or h of one strip.
+  static size_t staging_offset() { return kScratch + 2 * sizeof(float) * kMaxRows * kWidest; }
+  size_t worker_bytes() const { return staging_offset() + std::max(kRowTile * row_length(width), kMaxRows * row_length(gemm.along_width)) * size_of(type); }
 
-  // g and u of one strip, from the gathered rows of x: kept where asked, and h = silu(g) * u where there is a place for it.
+  // g and u [., length] of one strip from the gathered rows of x, where there is a place for them by route or by slot, and
+  // h = silu(g) * u where that is wanted.
   void gate_up(const Worker& worker, int64_t segment, int64_t block, const Strip& next, const Memory& x, std::byte* g, std::byte* u,
-               int64_t kept_length, const Memory* h) const {
+               int64_t length, bool by_slot, const Memory* h) const {
     const Segment& s = routing.segments[segment];
     worker.wait_for(gathered[segment], static_cast<int32_t>(s.rows));
-    const int64_t length = row_length(width), h_length = row_length(hidden);
     const Strip gate = strip(matrix(segment, kGate), hidden, block, gemm.along_width);
     const Strip up = strip(matrix(segment, kUp), hidden, block, gemm.along_width);
-    const int64_t ldc = round_up(gate.count, kLine);
+    const int64_t ldc = round_up(gate.count, kLine), x_length = row_length(width);
     float *const cg = results(worker, 0), *const cu = results(worker, 1);
-    Product product{row(x, s.first, length), length, s.rows, gate, up, cg, ldc, false, worker.scratch.data()};
+    Product product{row(x, s.slot, x_length), x_length, s.rows, gate, up, cg, ldc, false, worker.scratch.data()};
     multiply_along(product);
     product.strip = up;
     product.next = next;
     product.c = cu;
     multiply_along(product);
-    const int64_t pad = gate.first + gate.count == hidden ? h_length - hidden : 0;
+
+    const bool packed = h && gemm.pack;
+    const int64_t h_length = packed ? row_length(gate.count) : row_length(hidden);
+    std::byte* const h_rows = !h ? nullptr : packed ? worker.scratch.data() + staging_offset() : row(*h, s.slot, h_length) + gate.first * size_of(type);
+    const int64_t pad = packed ? h_length - gate.count : gate.first + gate.count == hidden ? h_length - hidden : 0;
     for (int64_t r = 0; r < s.rows; ++r) {
-      const int64_t route = s.first + r;
-      const size_t kept = static_cast<size_t>(route * kept_length + gate.first) * size_of(type);
+      const size_t kept = static_cast<size_t>(((by_slot ? s.slot : s.first) + r) * length + gate.first) * size_of(type);
       elementwise.swiglu(cg + r * ldc, cu + r * ldc, gate.count, pad, g ? g + kept : nullptr, g ? u + kept : nullptr,
-                         h ? row(*h, route, h_length) + gate.first * size_of(type) : nullptr, type);
+                         h ? h_rows + r * h_length * size_of(type) : nullptr, type);
     }
+    if (packed) gemm.pack(h_rows, h_length, s.rows, 0, s.rows, gate.first, gate.count, row(*h, s.slot, row_length(hidden)));
   }
   void multiply_along(const Product& product) const { gemm.along[static_cast<int>(store.format)](product); }
   void multiply_across(const Product& product) const { gemm.across[static_cast<int>(store.format)](product); }
@@ -160,7 +166,8 @@ class Pass {
   void sequence(Turn& turn, int64_t tasks, Task task) const {
     std::atomic<int64_t> next{0};
     auto job = [&](Worker& worker) {
-      worker.scratch.grow(kWorkerBytes);
+      worker.scratch.grow(worker_bytes());
+      const Begun begun(gemm);
       for (int64_t t = next.fetch_add(1), after; t < tasks; t = after) {
         after = next.fetch_add(1);
         worker.check();
@@ -169,6 +176,17 @@ class Pass {
     };
     turn.run(job);
   }
+
+  // What a kernel needs a thread to do around its products, also when one throws.
+  struct Begun {
+    explicit Begun(const Gemm& gemm) : gemm(gemm) {
+      if (gemm.begin) gemm.begin();
+    }
+    ~Begun() {
+      if (gemm.end) gemm.end();
+    }
+    const Gemm& gemm;
+  };
 
   const Call& call;
   const Store& store;
@@ -188,9 +206,8 @@ class Forward : Pass {
         hidden_strips((hidden + gemm.along_width - 1) / gemm.along_width),
         width_strips((width + gemm.along_width - 1) / gemm.along_width),
         turns(space.turn.reset(width_strips)) {
-    const size_t routes = static_cast<size_t>(routing.routes());
-    space.rows.grow(routes * row_length(width) * size_of(type));
-    space.more_rows.grow(routes * row_length(hidden) * size_of(type));
+    space.rows.grow(operand_bytes(width));
+    space.more_rows.grow(operand_bytes(hidden));
     if (call.dtype == Dtype::kBf16) space.sums.grow(static_cast<size_t>(call.tokens * width) * sizeof(float));
   }
 
@@ -199,11 +216,11 @@ class Forward : Pass {
     std::byte* const u = kept ? kept + static_cast<size_t>(routing.routes() * hidden) * size_of(type) : nullptr;
     const int64_t up_to_gather = gathers, up_to_gate_up = up_to_gather + segments * hidden_strips;
     sequence(turn, up_to_gate_up + segments * width_strips, [&](Worker& worker, int64_t t, int64_t after) {
-      if (t < up_to_gather) return gather(call.x, space.rows, t, gathered);
+      if (t < up_to_gather) return gather(worker, call.x, space.rows, t, true);
       const Strip next = first_strip(after - up_to_gather);
       if (t < up_to_gate_up) {
         const int64_t segment = (t - up_to_gather) / hidden_strips, block = (t - up_to_gather) % hidden_strips;
-        gate_up(worker, segment, block, next, space.rows, kept, u, hidden, &space.more_rows);
+        gate_up(worker, segment, block, next, space.rows, kept, u, hidden, false, &space.more_rows);
         ready[segment].fetch_add(1, std::memory_order_release);
       } else {
         down(worker, (t - up_to_gate_up) / width_strips, (t - up_to_gate_up) % width_strips, next, y);
@@ -227,7 +244,7 @@ class Forward : Pass {
     const Strip w = strip(matrix(segment, kDown), width, block, gemm.along_width);
     const int64_t length = row_length(hidden), ldc = round_up(w.count, kLine);
     float* const c = results(worker, 0);
-    multiply_along({row(space.more_rows, s.first, length), length, s.rows, w, next, c, ldc, false, worker.scratch.data()});
+    multiply_along({row(space.more_rows, s.slot, length), length, s.rows, w, next, c, ldc, false, worker.scratch.data()});
     hand_off(worker, turns[block], segment, w.first, w.count, c, ldc, call.gate, y);
   }
 
@@ -243,9 +260,8 @@ class Backward : Pass {
         hidden_strips((hidden + gemm.across_width - 1) / gemm.across_width),
         width_strips((width + gemm.across_width - 1) / gemm.across_width),
         turns(space.turn.reset(width_strips)) {
-    const size_t routes = static_cast<size_t>(routing.routes());
-    space.rows.grow(routes * row_length(width) * size_of(type));
-    space.partial.grow(routes * hidden_strips * sizeof(float));
+    space.rows.grow(operand_bytes(width));
+    space.partial.grow(static_cast<size_t>(routing.routes() * hidden_strips) * sizeof(float));
     if (call.dtype == Dtype::kBf16) space.sums.grow(static_cast<size_t>(call.tokens * width) * sizeof(float));
   }
 
@@ -253,24 +269,23 @@ class Backward : Pass {
   void operator()(Turn& turn, const std::byte* kept, const void* dy, void* dx, float* dgate) const {
     // g and u become dg and du, operands with padded rows.
     const int64_t length = row_length(hidden);
-    const size_t plane = static_cast<size_t>(routing.routes() * length) * size_of(type);
-    space.activations.grow(2 * plane);
-    std::byte *const g = space.activations.data(), *const u = g + plane;
+    space.activations.grow(2 * operand_bytes(hidden));
+    std::byte *const g = space.activations.data(), *const u = g + operand_bytes(hidden);
     if (!kept) {
-      space.more_rows.grow(static_cast<size_t>(routing.routes()) * row_length(width) * size_of(type));
+      space.more_rows.grow(operand_bytes(width));
       const int64_t tasks = segments * along_strips;
       sequence(turn, gathers + tasks, [&](Worker& worker, int64_t t, int64_t after) {
-        if (t < gathers) return gather(call.x, space.more_rows, t, gathered);
+        if (t < gathers) return gather(worker, call.x, space.more_rows, t, true);
         const int64_t task = t - gathers, later = after - gathers;
         const Strip next = later < tasks ? strip(matrix(later / along_strips, kGate), hidden, later % along_strips, gemm.along_width) : Strip{};
-        gate_up(worker, task / along_strips, task % along_strips, next, space.more_rows, g, u, length, nullptr);
+        gate_up(worker, task / along_strips, task % along_strips, next, space.more_rows, g, u, length, true, nullptr);
       });
       space.gathered.reset(segments);
     }
     std::fill_n(dgate, call.tokens * call.per_token, 0.0f);
     const int64_t up_to_gather = gathers, up_to_inner = up_to_gather + segments * hidden_strips;
     sequence(turn, up_to_inner + segments * width_strips, [&](Worker& worker, int64_t t, int64_t after) {
-      if (t < up_to_gather) return gather(dy, space.rows, t, gathered);
+      if (t < up_to_gather) return gather(worker, dy, space.rows, t, false);
       const Strip next = first_strip(after - up_to_gather);
       if (t < up_to_inner) {
         const int64_t segment = (t - up_to_gather) / hidden_strips;
@@ -299,11 +314,11 @@ class Backward : Pass {
     const Strip w = strip(matrix(segment, kDown), hidden, block, gemm.across_width);
     const int64_t ldc = round_up(w.count, kLine), size = static_cast<int64_t>(size_of(type));
     float *const c = results(worker, 0), *const partial = reinterpret_cast<float*>(space.partial.data());
-    multiply_across({row(space.rows, s.first, row_length(width)), row_length(width), s.rows, w, next, c, ldc, false, worker.scratch.data()});
+    multiply_across({row(space.rows, s.slot, row_length(width)), row_length(width), s.rows, w, next, c, ldc, false, worker.scratch.data()});
     const int64_t pad = w.first + w.count == hidden ? length - hidden : 0;
     for (int64_t r = 0; r < s.rows; ++r) {
       const int64_t route = s.first + r;
-      std::byte *const gr = g + (route * length + w.first) * size, *const ur = u + (route * length + w.first) * size;
+      std::byte *const gr = g + ((s.slot + r) * length + w.first) * size, *const ur = u + ((s.slot + r) * length + w.first) * size;
       if (kept) {
         const std::byte* const from = kept + (route * hidden + w.first) * size;
         elementwise.convert(from, type, gr, type, w.count, 0);
@@ -328,7 +343,7 @@ class Backward : Pass {
     }
     const Strip gate = strip(matrix(segment, kGate), width, block, gemm.across_width);
     const Strip up = strip(matrix(segment, kUp), width, block, gemm.across_width);
-    const int64_t ldc = round_up(gate.count, kLine), at = s.first * length * static_cast<int64_t>(size_of(type));
+    const int64_t ldc = round_up(gate.count, kLine), at = s.slot * length * static_cast<int64_t>(size_of(type));
     float* const c = results(worker, 0);
     multiply_across({g + at, length, s.rows, gate, up, c, ldc, false, worker.scratch.data()});
     multiply_across({u + at, length, s.rows, up, next, c, ldc, true, worker.scratch.data()});

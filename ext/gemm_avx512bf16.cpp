@@ -180,7 +180,7 @@ void across(const Product& p) {
   const Matrix& w = p.strip.matrix;
   for (int64_t k = 0; k < w.rows; k += kAcrossDepth) {
     const int64_t depth = w.rows - k < kAcrossDepth ? w.rows - k : kAcrossDepth, pairs = (depth + 1) / 2;
-    across_panel<F>(w, k, depth, p.strip.first, p.strip.count, panel);
+    across_panel<F>(w, k, depth, p.strip.first, p.strip.count, panel, pairs);
     const bool more = k + kAcrossDepth < w.rows;
     const Strip& s = more ? p.strip : p.next;
     const int64_t from = more ? k + kAcrossDepth : 0, n = s.matrix.rows - from < kAcrossDepth ? s.matrix.rows - from : kAcrossDepth;
@@ -192,6 +192,6 @@ void across(const Product& p) {
 
 }  // namespace
 
-const Gemm kAvx512Bf16Gemm = {"avx512bf16", kLine, 4 * kLine, {along<Format::kBf16>, nullptr}, {across<Format::kBf16>, nullptr}};
+const Gemm kAvx512Bf16Gemm = {"avx512bf16", kLine, 4 * kLine, {along<Format::kBf16>, nullptr}, {across<Format::kBf16>, nullptr}, nullptr, nullptr, nullptr};
 
 }  // namespace kjax

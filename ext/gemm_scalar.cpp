@@ -71,7 +71,7 @@ inline void store_bf16(uint16_t* p, V v) { store_bf16_n(p, v, kLanes); }
 }  // namespace
 
 const FloatKernels kScalarKernels = {
-    {"scalar", kLine, kLine, {along<Format::kBf16>, along<Format::kFp32>}, {across<Format::kBf16>, across<Format::kFp32>}},
+    {"scalar", kLine, kLine, {along<Format::kBf16>, along<Format::kFp32>}, {across<Format::kBf16>, across<Format::kFp32>}, nullptr, nullptr, nullptr},
     {convert, swiglu, swiglu_backward, add_scaled}};
 
 }  // namespace kjax

@@ -28,16 +28,18 @@ struct Strip {
 };
 
 // Strip widths and C rows are multiples of kLine columns, so that a kernel may store whole vectors.
-inline constexpr int64_t kLine = 64;
+constexpr int64_t kLine = 64;
+// Operand rows of a segment start at a multiple of kRowTile rows, with as many readable rows behind the last segment.
+constexpr int64_t kRowTile = 32;
 // Operand rows are zero from their length to a multiple of kPad columns.
-inline constexpr int64_t kPad = 32;
+constexpr int64_t kPad = 32;
 // Rows of C per product: its 512 x 256 floats stay in L2, and decoding a strip again for each group costs 1/512 of its product.
-inline constexpr int64_t kMaxRows = 512;
+constexpr int64_t kMaxRows = 512;
 
 // along : C[m, n] (+)= sum_k A[m, k] * W[first + n, k]     reduction along the stored row     (forward)
 // across: C[m, n] (+)= sum_k A[m, k] * W[k, first + n]     reduction across the stored rows   (backward)
 struct Product {
-  const void* a;  // [rows, lda], operands; rows <= kMaxRows
+  const void* a;  // [rows, lda], operands, or packed for `along`; rows <= kMaxRows
   int64_t lda;
   int64_t rows;
   Strip strip;
@@ -48,7 +50,7 @@ struct Product {
   std::byte* scratch;  // this thread's, kScratch bytes, aligned to 64
 };
 using Multiply = void (*)(const Product&);
-inline constexpr size_t kScratch = size_t{3} << 20;
+constexpr size_t kScratch = size_t{1} << 20;
 
 // The products of one ISA; null where this ISA leaves a format to a lower one.
 struct Gemm {
@@ -56,6 +58,12 @@ struct Gemm {
   int64_t along_width, across_width;  // strip widths that fill this ISA's scratch
   Multiply along[kFormats];
   Multiply across[kFormats];
+  // Null, or the layout in which `along` takes a segment's operand rows, padded to whole tiles of 16 rows: packs rows
+  // [first, first + count), first a multiple of 16, and columns [k, k + depth), k of 32, of a segment of `rows` rows.
+  void (*pack)(const void* from, int64_t lda, int64_t count, int64_t first, int64_t rows, int64_t k, int64_t depth, void* packed);
+  // Null, or what a thread does before its first and after its last product of a job.
+  void (*begin)();
+  void (*end)();
 };
 
 // Everything between the products. `pad` zeros follow the n numbers written to an operand row.
@@ -77,5 +85,7 @@ extern const FloatKernels kScalarKernels;
 extern const FloatKernels kAvx2Kernels;
 extern const FloatKernels kAvx512Kernels;
 extern const Gemm kAvx512Bf16Gemm;
+extern const Gemm kAmxGemm;
+extern const Gemm kAmxSoftGemm;
 
 }  // namespace kjax

@@ -19,7 +19,7 @@ class Prefetch {
  private:
   static constexpr int kLineBytes = 64;
   static constexpr int kUnit = 16;             // rates are counted in sixteenths of a line per tick
-  static constexpr int kMaxRate = 8 * kUnit;   // more would only queue behind the machine's line-fill buffers
+  static constexpr int kMaxRate = 32 * kUnit;  // more would only queue behind the machine's line-fill buffers
 
   inline __attribute__((always_inline)) void line() {
     if (rows_ <= 0) {

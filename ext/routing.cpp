@@ -31,16 +31,25 @@ void Routing::build(const int32_t* idx, int64_t tokens_in, int64_t per_token, in
   std::sort(order_.begin(), order_.end(), [&](int a, int b) { return count_[a] != count_[b] ? count_[a] > count_[b] : a < b; });
 
   segments.clear();
+  pieces.clear();
+  slots = 0;
   start_.assign(experts, 0);
   int64_t first = 0;
   for (int e : order_) {
     start_[e] = first;
-    // Equal parts, in whole tiles of every kernel (multiples of 48 = lcm of 6 and 16) but for the last.
+    // Equal parts, in whole tiles of every kernel (multiples of 96: 6 rows, 32 rows) but for the last.
     const int64_t parts = (count_[e] + kMaxRows - 1) / kMaxRows, even = (count_[e] + parts - 1) / parts;
-    const int64_t size = parts == 1 ? even : std::min(kMaxRows, (even + 47) / 48 * 48);
-    for (int64_t done = 0; done < count_[e]; done += size) segments.push_back({e, first + done, std::min(size, count_[e] - done)});
+    const int64_t size = parts == 1 ? even : std::min(kMaxRows, (even + 95) / 96 * 96);
+    for (int64_t done = 0; done < count_[e]; done += size) {
+      const int64_t rows = std::min(size, count_[e] - done);
+      for (int64_t row = 0; row < rows; row += kRowTile)
+        pieces.push_back({static_cast<int32_t>(segments.size()), row, std::min(kRowTile, rows - row)});
+      segments.push_back({e, first + done, rows, slots});
+      slots += (rows + kRowTile - 1) / kRowTile * kRowTile;
+    }
     first += count_[e];
   }
+  slots += kRowTile;
   token.resize(first);
   place.resize(first);
   for (int64_t t = 0; t < tokens_in; ++t)

@@ -9,12 +9,21 @@ namespace kjax {
 struct Segment {
   int expert;
   int64_t first, rows;  // routes [first, first + rows)
+  int64_t slot;         // its first operand row: segments start at multiples of kRowTile
+};
+
+// Rows of a segment that are gathered together: [row, row + rows), row a multiple of kRowTile.
+struct Piece {
+  int32_t segment;
+  int64_t row, rows;
 };
 
 struct Routing {
   std::vector<Segment> segments;
   std::vector<int32_t> token;  // [routes]
   std::vector<int64_t> place;  // [routes], where in idx and gate the route stands
+  std::vector<Piece> pieces;
+  int64_t slots = 0;           // operand rows of all segments, and kRowTile more that a kernel may read
   int64_t tokens = 0;          // those with at least one expert
 
   // Rebuilds from idx [tokens, per_token]; throws when one is neither -1 nor an expert. A function of idx alone.

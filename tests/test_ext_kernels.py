@@ -145,6 +145,24 @@ def test_bf16_rounds_to_nearest_even_and_keeps_nan(isa):
     assert np.isnan(values(y)[2]).all()
 
 
+def test_tile_model_has_the_bits_of_the_instructions():
+    if "amx" not in ISAS:
+        pytest.skip("this CPU has no AMX, or the system does not grant it")
+    rng = np.random.default_rng(9)
+    layer = make_layer(rng, 2, 300, 130)
+    idx, gate = route(rng, 90, 2, 1)
+    args = problem(rng, 90, 300, idx, gate, "bf16")
+    args[0][3] = bits(np.float32(1e-39) * np.arange(300), "bf16")  # denormals count as zero
+    args[0][4] = bits(np.float32(2e-38) * np.arange(300), "bf16")  # and so do denormal sums
+    results = []
+    for name in ("amx", "amx_soft"):
+        _ext.force_isa(name)
+        results.append(run(layer, *args))
+    _ext.force_isa(None)
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def fingerprint():
     """Bits of results over shapes with several strips, segments and experts, for all ISAs."""
     rng = np.random.default_rng(6)

@@ -15,7 +15,8 @@ from ext_oracle import bits, make_layer, route
 
 from kjax import _ext
 
-FULL = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
+WIDE = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
+FULL = WIDE | {"amx_tile", "amx_bf16", "amx_permission"}
 
 
 def in_child(code, **env):
@@ -171,22 +172,22 @@ def test_more_threads_than_cores():
 
 @pytest.mark.parametrize(
     "features, name",
-    [(FULL, "avx512bf16"), (FULL - {"avx512_bf16"}, "avx512"), (FULL - {"avx512bw"}, "avx2"), ({"avx2", "fma"}, "avx2"),
-     ({"avx2"}, "scalar"), (set(), "scalar")],
+    [(FULL, "amx"), (WIDE, "avx512bf16"), (WIDE - {"avx512_bf16"}, "avx512"), (FULL - {"avx512bw"}, "avx2"),
+     ({"avx2", "fma"}, "avx2"), ({"avx2"}, "scalar"), (set(), "scalar")],
 )  # fmt: skip
 def test_best_isa_of_a_cpu(features, name):
     chosen, reason = _ext.choose_isa(features, None)
     assert chosen == name and reason
-    if name != "avx512bf16":
+    if name != "amx":
         assert "lacks" in reason
 
 
-def test_no_avx2_says_why():
-    assert _ext.choose_isa([], "") == (
-        "scalar",
-        "avx512bf16: this CPU lacks avx2, fma, avx512f, avx512bw, avx512dq, avx512vl, avx512_bf16; "
-        "avx512: this CPU lacks avx2, fma, avx512f, avx512bw, avx512dq, avx512vl; avx2: this CPU lacks avx2, fma",
-    )
+def test_reasons_name_what_is_missing():
+    name, reason = _ext.choose_isa([], "")
+    assert name == "scalar" and reason.endswith("avx2: this CPU lacks avx2, fma")
+    assert "avx512: this CPU lacks avx2, fma, avx512f, avx512bw, avx512dq, avx512vl" in reason
+    refused = _ext.choose_isa(FULL - {"amx_permission"}, "")
+    assert refused == ("avx512bf16", "amx: Linux does not grant this process the tile registers")
 
 
 def test_override_of_the_isa():

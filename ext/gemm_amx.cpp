@@ -1,0 +1,19 @@
+// AMX-BF16 kernels: the driver over the tile instructions.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace kjax {
+namespace {
+
+#include "simd_avx512.h"
+#include "decode_avx512.h"
+#include "prefetch.h"
+#include "tile.h"
+#include "gemm_amx.h"
+
+}  // namespace
+
+const Gemm kAmxGemm = {"amx", kLine, 4 * kLine, {along<Format::kBf16>, nullptr}, {across<Format::kBf16>, nullptr}, pack, begin, end};
+
+}  // namespace kjax

@@ -1,0 +1,21 @@
+// The AMX driver over a software model of the tiles, so that all of it runs on CPUs without AMX.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#define KJAX_SOFT_TILES
+
+namespace kjax {
+namespace {
+
+#include "simd_avx512.h"
+#include "decode_avx512.h"
+#include "prefetch.h"
+#include "tile.h"
+#include "gemm_amx.h"
+
+}  // namespace
+
+const Gemm kAmxSoftGemm = {"amx_soft", kLine, 4 * kLine, {along<Format::kBf16>, nullptr}, {across<Format::kBf16>, nullptr}, pack, begin, end};
+
+}  // namespace kjax
