@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 import pytest
 
-from kjax.data import Tokenizer, templates
+from kjax.data import Tokenizer, chat, templates
 from kjax.data.templates import Renderer, Template
 from kjax.errors import DataError
 
@@ -41,9 +41,9 @@ def children():
     ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "2 s of processor time"),
     ("{% for i in range(99999) %}{% for j in range(99999) %}spam and eggs{% endfor %}{% endfor %}", "writes more than"),
     ("{% set ns = namespace(x='spam') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-     "needs more than 512 MiB|does not finish"),  # touching pages takes time too
+     "needs more than 1024 MiB|does not finish"),  # touching pages takes time too
     ("{{ 9 ** (9 ** 9) }}", "2 s of processor time"),
-    ("{{ 'x' * 10 ** 10 }}", "needs more than 512 MiB"),
+    ("{{ 'x' * 10 ** 10 }}", "needs more than 1024 MiB"),
     ("{{ '%9999999999d' % 1 }}", "chat template"),
     ("{{ range(10 ** 9) | list }}", "OverflowError"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
@@ -92,6 +92,21 @@ def test_deep_replies_and_wide_texts_pass(toy):
     text = "喵🐈" * 50_000  # larger than any pipe buffer in both directions
     ids, trained = tokenizer.render([{"role": "user", "content": text}, {"role": "assistant", "content": text}])
     assert tokenizer.decode(ids[trained]) == text + data_toy.EOS
+
+
+def test_chunks_change_nothing(toy, monkeypatch):
+    tokenizer = Tokenizer.load(toy, "deepseek3")
+    dialogues = [DIALOGUE[1:3], DIALOGUE, [*DIALOGUE[1:], *DIALOGUE[1:]]] * 3
+    where = [str(number) for number in range(9)]
+    whole = tokenizer.render_all(dialogues, where)
+    for rows, characters in ((1, 1), (2, 1000), (512, 1), (512, 60)):
+        monkeypatch.setattr(chat, "_CHUNK_ROWS", rows)
+        monkeypatch.setattr(chat, "_CHUNK_CHARACTERS", characters)
+        for (ids, trained), (other_ids, other_trained) in zip(
+                whole, tokenizer.render_all(dialogues, where), strict=True):
+            np.testing.assert_array_equal(ids, other_ids)
+            np.testing.assert_array_equal(trained, other_trained)
+    assert tokenizer.render_all([], []) == []
 
 
 def test_names(toy, tmp_path):

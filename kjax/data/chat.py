@@ -8,7 +8,7 @@ is cut at special tokens; marks are dropped, and each piece of text is encoded a
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 Train = Literal["assistant", "last", "all"] | None
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 _THINK = ("<think>", "</think>")  # markers a reply may write itself
-_CHUNK = 512  # dialogues whose pieces of text are encoded together, by all cores
+# What is rendered and encoded together: enough for all cores, small beside the memory a template may use.
+_CHUNK_ROWS = 512
+_CHUNK_CHARACTERS = 1 << 21
 
 
 class Marks(NamedTuple):
@@ -79,16 +81,45 @@ def render(tokenizer: "Tokenizer", conversations: Sequence[Sequence[Mapping[str,
     if tokenizer.template is None:
         raise DataError(f"{tokenizer.name} has no chat template; set data.template to a .jinja file or one of "
                         + ", ".join(templates.packaged()))
+    sizes = [_check_messages(c, name) for c, name in zip(conversations, where, strict=True)]
     results = []
     with templates.Renderer(tokenizer.template, tokenizer.variables) as renderer:
-        for begin in range(0, len(conversations), _CHUNK):
-            chunk = zip(conversations[begin:begin + _CHUNK], where[begin:begin + _CHUNK], strict=True)
+        for begin, end in _chunks(sizes):
+            chunk = zip(conversations[begin:end], where[begin:end], strict=True)
             dialogues = [_dialogue(tokenizer, conversation, name, train) for conversation, name in chunk]
             texts = _texts(tokenizer, renderer, dialogues, add_generation_prompt)
             results += _encode(tokenizer, [
                 _cut(tokenizer, text, dialogue.marks, not renderer.marks_generation, train == "all")
                 for dialogue, text in zip(dialogues, texts, strict=True)])
     return results
+
+
+def _check_messages(conversation: Sequence[Mapping[str, str]], where: str) -> int:
+    """Refuses what no template should be asked to render; the number of characters."""
+    for number, message in enumerate(conversation, 1):
+        known = isinstance(message, Mapping) and set(message) == {"role", "content"}
+        if not known or message["role"] not in ("system", "user", "assistant"):
+            raise DataError(f"{where}: message {number} must have a role (system, user or assistant) and content, "
+                            f"nothing else; it is {message!r:.120}")
+        if not isinstance(message["content"], str):
+            raise DataError(f"{where}: message {number}: content must be text, not {message['content']!r:.40}")
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: message {number} holds half of a surrogate pair") from error
+    return sum(len(message["content"]) for message in conversation)
+
+
+def _chunks(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of at most _CHUNK_ROWS dialogues and, beyond the first of each, _CHUNK_CHARACTERS."""
+    begin = total = 0
+    for number, size in enumerate(sizes):
+        if number > begin and (number - begin == _CHUNK_ROWS or total + size > _CHUNK_CHARACTERS):
+            yield begin, number
+            begin, total = number, 0
+        total += size
+    if sizes:
+        yield begin, len(sizes)
 
 
 def end_tokens(tokenizer: "Tokenizer") -> set[int]:
@@ -100,16 +131,6 @@ def end_tokens(tokenizer: "Tokenizer") -> set[int]:
 
 
 def _dialogue(tokenizer, conversation, where: str, train: Train) -> Dialogue:
-    for number, message in enumerate(conversation, 1):
-        if set(message) != {"role", "content"} or message["role"] not in ("system", "user", "assistant"):
-            raise DataError(f"{where}: message {number} must have a role (system, user or assistant) and content, "
-                            f"nothing else; it has {dict(message)!r:.120}")
-        if not isinstance(message["content"], str):
-            raise DataError(f"{where}: message {number}: content must be text, not {message['content']!r:.40}")
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{where}: message {number} holds half of a surrogate pair") from error
     used = set().union(*(m["content"] for m in conversation))
     free = [c for c in _NONCHARACTERS if c not in used]
     if len(free) < len(Marks._fields):

@@ -16,7 +16,7 @@ from kjax.errors import DataError
 # A render takes well under a millisecond of processor time and a few kilobytes; these bounds are for runaways.
 CPU_SECONDS = 2.0
 WALL_SECONDS = 60.0  # of silence; only for a machine so busy that 2 s of processor time do not come sooner
-MEMORY = 1 << 29
+MEMORY = 1 << 30
 OUTPUT_CHARACTERS = 1 << 20  # beside 16 times the conversation's own length
 
 _DIRECTORY = Path(__file__).parent / "chat_templates"
