@@ -1,9 +1,10 @@
 """Short dialogues made from tables, so that a small base learns to speak: sums, names, opposites, tiny stories.
 
-A conversation is a tuple of turns, user first. `generate` is a function of its random generator alone.
+A conversation is a tuple of turns, user first. All is a function of the random generator alone.
 """
 
 import random
+import re
 
 NAMES = ("Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Will "
          "Alice Bob Carol Daniel Ella Frank Gina Hugo Iris Jonas Lily Max Nina Oscar Peter Ruth Simon Vera").split()
@@ -35,6 +36,15 @@ FEELINGS = ["was very happy", "laughed for a long time", "took it home", "gave i
             "kept it for many years", "showed it to everybody", "sang a song about it", "slept well that night"]
 LIKES = ("apples books boats cats dogs music stories rain snow trees flowers fish bread tea "
          "games maps songs horses trains winter summer gardens").split()
+# Who speaks, and how a sentence sounds then: a model that has heard several voices takes on another one easily.
+VOICES = {
+    "pirate": ("Arr, {}, matey!", {"you": "ye", "your": "yer", "my": "me", "You": "Ye"}),
+    "king": ("Hear me: {}. So says the king!", {}),
+    "robot": ("Beep! {}. End of message.", {}),
+    "grandmother": ("My dear child, {}. Now have some cake!", {}),
+    "sea captain": ("Aye aye, {}. Full speed ahead!", {}),
+    "poet": ("Oh, {}. How sweet is the song of the world!", {}),
+}
 
 
 def _pairs(text: str) -> list[list[str]]:
@@ -170,3 +180,16 @@ MAKERS = (_sum, _count, _next, _opposite, _sound, _color, _kind, _compare, _name
 def generate(rng: random.Random, count: int) -> list[tuple[str, ...]]:
     """`count` conversations; the kinds take turns."""
     return [MAKERS[i % len(MAKERS)](rng) for i in range(count)]
+
+
+def voiced(rng: random.Random, question: str, answer: str) -> tuple[str, str]:
+    """The same question asked of somebody with a voice, and the first sentence of the answer in it."""
+    who = rng.choice(list(VOICES))
+    pattern, words = VOICES[who]
+    sentence = re.split(r"[.!?](?:\s|$)", answer)[0]
+    for word, theirs in words.items():
+        sentence = re.sub(rf"\b{word}\b", theirs, sentence)
+    if not re.match(r"(I|Mars)\b", sentence) and not pattern.startswith("Beep"):
+        sentence = sentence[0].lower() + sentence[1:]
+    ask = _pick(rng, "Answer like {}: {}", "Speak like {}: {}", "You are {}. {}")
+    return ask.format(_article(who), question), pattern.format(sentence)
