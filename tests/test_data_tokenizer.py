@@ -165,7 +165,8 @@ def test_noncharacters_pass_through(toy):
 
 
 @pytest.mark.parametrize("message, error", [
-    ({"role": "user"}, "must have a role"), ("hello", "must have a role"), ({"role": "tool", "content": "x"}, "must have a role"),
+    ({"role": "user"}, "must have a role"), ("hello", "must have a role"),
+    ({"role": "tool", "content": "x"}, "must have a role"),
     ({"role": "user", "content": "x", "name": "<|im_end|>"}, "nothing else"),
     ({"role": "user", "content": None}, "content must be text"), ({"role": "user", "content": "\ud800"}, "surrogate"),
 ])
