@@ -193,6 +193,16 @@ THINK = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": 
 DROPS = "{% for m in messages %}{{ '<|im_user|>' + m.content.split('</think>')[-1] + '<|im_end|>' }}{% endfor %}"
 
 
+def test_generation_blocks_work_inside_macros(toy, tmp_path):
+    source = ("{% macro reply(m) %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endmacro %}"
+              "{% for m in messages %}{% if m.role == 'assistant' %}{{ reply(m) }}{% else %}{{ m.content }}{% endif %}"
+              "{% endfor %}")
+    tokenizer = load(toy, tmp_path, source)
+    ids, trained = tokenizer.render(DIALOGUE)
+    assert tokenizer.decode(ids[trained]) == "the cat<|im_end|>sat<|im_end|>"
+    assert tokenizer.decode(ids) == f"{data_toy.BOS}be kindhellothe cat<|im_end|>and?sat<|im_end|>"
+
+
 def test_dropped_reply_text_is_an_error(toy, tmp_path):
     tokenizer = load(toy, tmp_path, DROPS)
     with pytest.raises(DataError, match="row 5.*drops or changes part of the reply '<think>the mat</think>the cat'.*"

@@ -125,7 +125,7 @@ def select(rows: list[Row], filters: Mapping[str, Any], path: Path) -> list[Row]
     """Rows whose columns equal the given values; a filter that names no column or keeps nothing is an error."""
     for name, wanted in filters.items():
         if name not in (names := columns_of(rows)):
-            raise DataError(f"{path}: data.select names column {name!r}; the file has: {', '.join(names)}")
+            raise DataError(f"{path}: no column {name!r} to select rows by; the file has: {', '.join(names)}")
         kept = [row for row in rows if _same(row.values.get(name), wanted)]
         if not kept:
             seen = list(dict.fromkeys(repr(row.values.get(name)) for row in rows))
