@@ -6,6 +6,7 @@ Weights, adapters and tokens come from a seed and a generator whose stream numpy
 only what torch made of them: the loss and gradient norm of each step, and how far each adapter went.
 """
 
+import copy
 import json
 import tempfile
 import zlib
@@ -39,9 +40,14 @@ OPTIMIZER = {
 }
 
 
+def content(case: str) -> dict:
+    """A config.json's content; a copy, as transformers writes into what it is given."""
+    return copy.deepcopy(make_goldens.CASES[case])
+
+
 def spec_of(case: str) -> tuple[lora.LoraSpec, dict]:
     """The adapters of a case, and the model's linears."""
-    found = linears(ModelConfig.from_json(make_goldens.CASES[case]))
+    found = linears(ModelConfig.from_json(content(case)))
     return lora.resolve(LORA[case], found), found
 
 
@@ -60,7 +66,7 @@ def random_lora(case: str, seed: int, b: float) -> dict:
 def batches(case: str, seed: int, steps: int) -> list[dict[str, np.ndarray]]:
     """Batches of ROWS x LENGTH: sequences that can be learned (each step repeats three of five), prompts untrained."""
     random = np.random.RandomState(seed)
-    pool = random.randint(0, make_goldens.CASES[case]["vocab_size"], (5, LENGTH + 1))
+    pool = random.randint(0, content(case)["vocab_size"], (5, LENGTH + 1))
     made = []
     for _ in range(steps):
         rows = pool[random.permutation(5)[:ROWS]]
@@ -95,7 +101,7 @@ def peft_model(case: str, params: dict, tree: dict):
     import peft
 
     spec, found = spec_of(case)
-    model = make_goldens.torch_model(make_goldens.CASES[case], params)
+    model = make_goldens.torch_model(content(case), params)
     model.config.model_type = "a_type_peft_does_not_convert"
     with tempfile.TemporaryDirectory() as directory:
         adapters.save(directory, tree, spec, found, base=adapters.Base(directory))
@@ -141,13 +147,13 @@ def torch_steps(case: str, model, data, *, margin: float | None = None):
 
 def near_tie(case: str, model, batch) -> float:
     """The least margin of the model's routers on a batch."""
-    base = ModelConfig.from_json(make_goldens.CASES[case])
+    base = ModelConfig.from_json(content(case))
     return make_goldens.least_margin(model.base_model.model, base, batch["tokens"])
 
 
 def draw_steps(case: str, seed: int):
     """A seed all of whose training steps keep clear of ties, and what torch made of it."""
-    base = ModelConfig.from_json(make_goldens.CASES[case])
+    base = ModelConfig.from_json(content(case))
     for attempt in range(seed * 1000, seed * 1000 + 1000):
         model = peft_model(case, make_goldens.random_params(base, attempt), random_lora(case, attempt, 0.0))
         made = torch_steps(case, model, batches(case, attempt, STEPS), margin=make_goldens.MARGIN)
@@ -162,7 +168,7 @@ def main():
         seed, model, losses, norms = draw_steps(case, 1)
         final = {name: parameter.detach().numpy() for name, parameter in peft_parameters(model).items()}
         np.savez_compressed(
-            GOLDENS / f"{case}.npz", config=json.dumps(make_goldens.CASES[case]), seed=seed, losses=losses, norms=norms,
+            GOLDENS / f"{case}.npz", config=json.dumps(content(case)), seed=seed, losses=losses, norms=norms,
             names=sorted(final), lengths=[float(np.linalg.norm(final[name])) for name in sorted(final)])
         print(case, seed, losses, norms)
 

@@ -18,9 +18,9 @@ from kjax.optimizer import optimizer
 
 # fp32 has eps 6e-8; three layers of sums over some tens of numbers in another order stay two orders above it.
 LOGITS, GRADIENTS = 1e-5, 2e-5
-# Gradients of relative error 2e-5 move an adapter that far from torch's per step, and Adam, dividing by their size,
-# moves entries whose gradient is next to nothing by more, which changes the loss by next to nothing.
-LOSSES = 1e-4
+# Ten steps with gradients off by up to 2e-5 each, half of it cancelling, move loss and adapter by about as much; Adam,
+# which divides by the gradient's size, moves entries with next to none by more, to which the loss is indifferent.
+STEPS = 1e-4
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def logits(content: dict, params: dict, spec, tree, tokens):
 
 def draw(case: str, seed: int, peft_model):
     """Params, an adapter with a B, and a batch whose routes keep clear of ties; with torch's model of them."""
-    config = ModelConfig.from_json(make_goldens.CASES[case])
+    config = ModelConfig.from_json(oracle.content(case))
     for attempt in range(seed * 1000, seed * 1000 + 1000):
         params, tree = make_goldens.random_params(config, attempt), oracle.random_lora(case, attempt, 0.3)
         (batch,) = oracle.batches(case, attempt, 1)
@@ -71,7 +71,7 @@ def draw(case: str, seed: int, peft_model):
 @pytest.mark.parametrize("case", LORA)
 def test_peft_reads_our_adapter_and_the_gradients_agree(case, peft, request):
     torch = pytest.importorskip("torch")
-    content, (spec, _) = make_goldens.CASES[case], oracle.spec_of(case)
+    content, (spec, _) = oracle.content(case), oracle.spec_of(case)
     params, tree, batch, model = draw(case, request.config.getoption("--seed", 0),
                                       lambda params, tree: oracle.peft_model(case, params, tree))
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_peft_reads_our_adapter_and_the_gradients_agree(case, peft, request):
 @pytest.mark.parametrize("case", LORA)
 def test_our_attention_adapter_needs_no_workaround(case, peft, tmp_path):
     torch = pytest.importorskip("torch")
-    content, found = make_goldens.CASES[case], oracle.spec_of(case)[1]
+    content, found = oracle.content(case), oracle.spec_of(case)[1]
     config = ModelConfig.from_json(content)
     spec = lora.resolve(Lora(targets=("attention",), rank=2, alpha=3.0, rank_pattern={"o_proj": 3}), found)
     random = np.random.RandomState(0)
@@ -130,7 +130,7 @@ def test_our_attention_adapter_needs_no_workaround(case, peft, tmp_path):
 @pytest.mark.parametrize("case", LORA)
 def test_we_read_an_adapter_that_peft_made(case, peft, tmp_path):
     torch = pytest.importorskip("torch")
-    content = make_goldens.CASES[case]
+    content = oracle.content(case)
     found = linears(ModelConfig.from_json(content))
     torch.manual_seed(0)
 
@@ -149,7 +149,7 @@ def test_we_read_an_adapter_that_peft_made(case, peft, tmp_path):
 
 
 def test_what_the_notes_say_of_peft_is_so(peft, tmp_path):
-    content, (spec, found) = make_goldens.CASES["v3"], oracle.spec_of("v3")
+    content, (spec, found) = oracle.content("v3"), oracle.spec_of("v3")
     tree = oracle.random_lora("v3", 0, 0.3)
     adapters.save(tmp_path / "ours", tree, spec, found, base=adapters.Base(str(tmp_path)))
     params = make_goldens.random_params(ModelConfig.from_json(content), 0)
@@ -165,7 +165,7 @@ def test_what_the_notes_say_of_peft_is_so(peft, tmp_path):
 @functools.cache  # against the goldens and against torch
 def kjax_steps(case: str, seed: int, experts: str):
     """Losses, gradient norms and the final adapter of kjax's own train step."""
-    content, (spec, _) = make_goldens.CASES[case], oracle.spec_of(case)
+    content, (spec, _) = oracle.content(case), oracle.spec_of(case)
     config = ModelConfig.from_json(content)
     params, store = split(make_goldens.random_params(config, seed), experts)
     transformer = Transformer(config, lora=spec, store=store, micro_rows=1)
@@ -186,15 +186,16 @@ def kjax_steps(case: str, seed: int, experts: str):
 @pytest.mark.parametrize("case, experts", [("v2_greedy", "host"), ("v3", "host"), ("v3", "device")])
 def test_ten_steps_equal_goldens(case, experts):
     with np.load(GOLDENS / f"{case}.npz", allow_pickle=False) as golden:
-        assert json.loads(str(golden["config"])) == make_goldens.CASES[case], "the goldens are of another model"
+        made, now = (ModelConfig.from_json(c) for c in (json.loads(str(golden["config"])), oracle.content(case)))
+        assert made == now, "the goldens are of another model: make them again"
         losses, norms, final = kjax_steps(case, int(golden["seed"]), experts)
         clip = OPTIMIZER[case].clip_norm
         assert golden["losses"][-1] < 0.8 * golden["losses"][0] and golden["norms"].min() < clip < golden["norms"].max()
-        np.testing.assert_allclose(losses, golden["losses"], rtol=LOSSES)
-        np.testing.assert_allclose(norms, golden["norms"], rtol=10 * LOSSES)
+        np.testing.assert_allclose(losses, golden["losses"], rtol=STEPS)
+        np.testing.assert_allclose(norms, golden["norms"], rtol=STEPS)
         assert sorted(final) == golden["names"].tolist()
         lengths = [np.linalg.norm(final[name]) for name in sorted(final)]
-        np.testing.assert_allclose(lengths, golden["lengths"], rtol=10 * LOSSES)
+        np.testing.assert_allclose(lengths, golden["lengths"], rtol=STEPS)
 
 
 @pytest.mark.parametrize("case", LORA)
@@ -203,14 +204,14 @@ def test_ten_steps_equal_torch(case, peft, request):
     if not seed:  # the golden's own draw is known to be clear of ties
         with np.load(GOLDENS / f"{case}.npz", allow_pickle=False) as golden:
             seed = int(golden["seed"])
-        params = make_goldens.random_params(ModelConfig.from_json(make_goldens.CASES[case]), seed)
+        params = make_goldens.random_params(ModelConfig.from_json(oracle.content(case)), seed)
         model = oracle.peft_model(case, params, oracle.random_lora(case, seed, 0.0))
         expected, expected_norms = oracle.torch_steps(case, model, oracle.batches(case, seed, oracle.STEPS))
     else:
         seed, model, expected, expected_norms = oracle.draw_steps(case, seed)
     losses, norms, final = kjax_steps(case, seed, "host")
-    np.testing.assert_allclose(losses, expected, rtol=LOSSES)
-    np.testing.assert_allclose(norms, expected_norms, rtol=10 * LOSSES)
+    np.testing.assert_allclose(losses, expected, rtol=STEPS)
+    np.testing.assert_allclose(norms, expected_norms, rtol=STEPS)
     for name, parameter in oracle.peft_parameters(model).items():
         there = parameter.detach().numpy()
-        assert np.linalg.norm(final[name] - there) <= 10 * LOSSES * np.linalg.norm(there), name
+        assert np.linalg.norm(final[name] - there) <= STEPS * np.linalg.norm(there), name
