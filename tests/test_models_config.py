@@ -43,7 +43,8 @@ def test_kimi_k2_is_its_own_row():
 
 @pytest.mark.parametrize(("name", "parameters"), [
     # The totals of the published models, counted from their tensor lists; no MTP layers.
-    ("deepseek_r1", 671_026_419_200), ("kimi_k2_instruct_0711", 1_026_408_232_448), ("deepseek_v2_lite", 15_706_484_224),
+    ("deepseek_r1", 671_026_419_200), ("kimi_k2_instruct_0711", 1_026_408_232_448),
+    ("deepseek_v2_lite", 15_706_484_224),
     ("deepseek_v2_5_236b", 235_741_434_880), ("moonlight_16b_a3b_instruct", 15_960_110_208)])
 def test_published_models_have_their_published_size(shared_data, name, parameters):
     config = ModelConfig.from_json(shared_data / "configs" / f"{name}.json")

@@ -1,5 +1,6 @@
 """The models against transformers: logits and gradients, live where torch is installed and from goldens everywhere."""
 
+import functools
 import json
 
 import jax
@@ -21,19 +22,24 @@ def relative_error(a, b) -> float:
 
 def plain(tokens):
     """Positions and segments of rows that are one sequence each."""
-    return np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1)), np.ones_like(tokens)
+    return np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1)), np.ones(tokens.shape, np.int32)
 
 
-def logits_and_grads(config, params, tokens):
-    """What torch_logits_and_grads gives, from kjax; gradients under the names of transformers."""
+@functools.cache
+def compiled(config):
     model = Transformer(config)
 
-    def loss(params):
+    def loss(params, tokens):
         logits = unembed(params, model.apply({"params": params}, tokens, *plain(tokens)))
         scores = jax.nn.log_softmax(logits[:, :-1])
         return -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1).mean(), logits
 
-    (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def logits_and_grads(config, params, tokens):
+    """What torch_logits_and_grads gives, from kjax; gradients under the names of transformers."""
+    (_, logits), grads = compiled(config)(params, tokens)
     return logits, state_dict(jax.tree.map(np.asarray, grads), config)
 
 
