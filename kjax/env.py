@@ -24,7 +24,9 @@ VARIABLES = ("NPROC", "KJAX_ISA", "KJAX_THREADS", "KJAX_TRANSPORT", "KJAX_DEBUG"
              "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE", "CUDA_VISIBLE_DEVICES",
              "JAX_DEFAULT_MATMUL_PRECISION", "OMP_NUM_THREADS")
 GPU_PLATFORMS = {"cuda", "gpu", "rocm"}
-NVIDIA = "/dev/nvidia[0-9]*"
+NVIDIA = "dev/nvidia[0-9]*"
+
+_told: set[str] = set()  # the warnings given so far in this process
 
 
 def report(root: str | Path = "/", environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -148,7 +150,8 @@ def numa(root: Path) -> dict[str, str]:
 
 def gpus(root: Path = Path("/"), smi: str | None = None) -> list[str]:
     """The NVIDIA GPUs of the machine whether or not JAX can use them: by nvidia-smi, else by device files."""
-    smi = smi or shutil.which("nvidia-smi")
+    if smi is None and Path(root) == Path("/"):
+        smi = shutil.which("nvidia-smi")
     if smi:
         query = [smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
         try:
@@ -157,7 +160,7 @@ def gpus(root: Path = Path("/"), smi: str | None = None) -> list[str]:
                 return [line.strip() for line in done.stdout.splitlines() if line.strip()]
         except (OSError, subprocess.TimeoutExpired):
             pass  # a broken driver: the device files still tell
-    return [f"/{path.relative_to(root)}" for path in sorted(Path(root).glob(NVIDIA.lstrip("/")))]
+    return [f"/{path.relative_to(root)}" for path in sorted(Path(root).glob(NVIDIA))]
 
 
 def backend() -> dict[str, Any]:
@@ -184,10 +187,12 @@ def backend() -> dict[str, Any]:
 
 
 def check(root: str | Path = "/", environ: Mapping[str, str] = os.environ):
-    """Before anything long starts: raises ConfigError where a run cannot work, warns where it will be slow."""
+    """Before anything long starts: raises ConfigError where a run cannot work, warns once where it will be slow."""
     check_platforms(_platforms(environ))
     for problem in problems(Path(root), environ):
-        warnings.warn(problem, RuntimeWarning, stacklevel=2)
+        if problem not in _told:
+            _told.add(problem)
+            warnings.warn(problem, RuntimeWarning, stacklevel=2)
 
 
 def _platforms(environ: Mapping[str, str]) -> str:
@@ -236,11 +241,11 @@ def _driver_cuda(root: Path) -> int | None:
 
 def slow_cpu(flags: set[str], machine: str) -> str | None:
     """A CPU on which only the portable kernels run."""
-    if not flags or {"avx2", "fma"} <= flags:
+    if {"avx2", "fma"} <= flags or (not flags and machine in ("x86_64", "AMD64")):
         return None
     missing = ", ".join(sorted({"avx2", "fma"} - flags))
-    return (f"this CPU ({machine}) lacks {missing}: the experts run on the portable scalar kernels, ten times or more "
-            "slower than AVX2; use a CPU from 2013 (Intel Haswell) or 2017 (AMD Zen) on for real models")
+    return (f"this CPU ({machine}) lacks {missing}: the experts run on the portable scalar kernels, about four times "
+            "slower than with AVX2; use an x86 CPU from 2013 (Intel) or 2015 (AMD) on for real models")
 
 
 def _version(package: str) -> str:

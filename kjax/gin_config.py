@@ -54,9 +54,12 @@ def resolve(files: Files = (), bindings: Bindings = (), fallback: Mapping[str, A
             values[key], origins[key] = value, origin
             missing |= {name: place for name, place in lacking.items() if name not in missing}
     config = _build(values, origins, missing)
-    for name in macros.keys() - used:
-        warnings.warn(f"{macros[name].origin}: nothing uses the macro {name}"
-                      f"{gin_reader.near(name, used) or gin_reader.suggest(name)}", stacklevel=3)
+    for binding in (*bound.values(), *macros.values()):
+        used |= binding.earlier  # what a later file overrides was not forgotten
+    for name, binding in macros.items():
+        if name not in used:
+            warnings.warn(f"{binding.origin}: nothing uses the macro {name}"
+                          f"{gin_reader.near(name, used) or gin_reader.suggest(name)}", stacklevel=3)
     return Resolved(config, origins)
 
 
@@ -112,12 +115,12 @@ def _bind_command_line(bindings: Bindings, macros: dict[str, Binding], bound: di
         if is_macro:
             named.append((key, value, raw, where))
         else:
-            bound[key] = _binding(value, raw, [_hint(key)], where)
+            gin_reader.bind(bound, key, _checked(value, raw, [_hint(key)], where), where)
     for key, value, raw, where in named:
         if not (wanted := _macro_hints(key, macros, bound)):
             raise ConfigError(f"{where}: no setting uses the macro {key}"
                               f"{gin_reader.near(key, macros) or gin_reader.suggest(key)}")
-        macros[key] = _binding(value, raw, wanted, where)
+        gin_reader.bind(macros, key, _checked(value, raw, wanted, where), where)
 
 
 def _split(binding: str) -> tuple[str, None, str]:
@@ -127,10 +130,10 @@ def _split(binding: str) -> tuple[str, None, str]:
     return name.strip(), None, raw.strip()
 
 
-def _binding(value, raw: str | None, wanted: list, where: str) -> Binding:
+def _checked(value, raw: str | None, wanted: list, where: str):
     value = value if raw is None else _shell_value(raw, wanted, where)
     gin_reader.check_value(value, where)
-    return Binding(value, where)
+    return value
 
 
 def _shell_value(raw: str, wanted: list, where: str):
@@ -160,12 +163,9 @@ def _shell_value(raw: str, wanted: list, where: str):
 def _macro_hints(name: str, macros: dict[str, Binding], bound: dict[str, Binding]) -> list:
     """The types of the settings that a macro fills, directly or by way of other macros."""
     def fills(value, seen: tuple) -> bool:
-        if isinstance(value, Macro):
-            return value.name == name or (value.name in macros and value.name not in seen
-                                          and fills(macros[value.name].value, (*seen, value.name)))
-        if isinstance(value, dict):
-            return any(fills(item, seen) for pair in value.items() for item in pair)
-        return isinstance(value, (list, tuple)) and any(fills(item, seen) for item in value)
+        return any(found == name or (found in macros and found not in seen
+                                     and fills(macros[found].value, (*seen, found)))
+                   for found in gin_reader.macro_names(value))
 
     found = []
     for key, binding in bound.items():

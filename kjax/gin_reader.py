@@ -51,10 +51,14 @@ class Call(NamedTuple):
 
 
 class Binding(NamedTuple):
-    """A value as written, before its macros are filled in, and where: `file.gin:7` or the command-line text."""
+    """A value as written, before its macros are filled in, and where: `file.gin:7` or the command-line text.
+
+    earlier: the macros of the bindings that this one overrides.
+    """
 
     value: Any
     origin: str
+    earlier: frozenset[str] = frozenset()
 
 
 def read(file: str | Path, macros: dict[str, Binding], bound: dict[str, Binding]):
@@ -208,7 +212,26 @@ def _read(path: Path, shown: str, macros: dict, bound: dict, including: tuple[Pa
                 raise ConfigError(f"{where}: {key} is already bound at {seen[key]}; keep one of them")
             seen[key] = where
             check_value(statement.value, f"{where}: {key}")
-            (macros if is_macro else bound)[key] = Binding(statement.value, where)
+            bind(macros if is_macro else bound, key, statement.value, where)
+
+
+def bind(bindings: dict[str, Binding], key: str, value: Any, origin: str):
+    """Binds a name, over what it was bound to before."""
+    before = bindings.get(key)
+    earlier = before.earlier | set(macro_names(before.value)) if before else frozenset()
+    bindings[key] = Binding(value, origin, earlier)
+
+
+def macro_names(value: Any) -> Iterator[str]:
+    """The macros in a value."""
+    if isinstance(value, Macro):
+        yield value.name
+    elif isinstance(value, dict):
+        for pair in value.items():
+            yield from macro_names(pair)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from macro_names(item)
 
 
 def key_of(scope: str, selector: str, argument: str, where: str) -> tuple[str, bool]:
@@ -248,8 +271,11 @@ def suggest(argument: str, name: str = "") -> str:
         homes = [SYNONYMS[argument.lower()]]
     if homes:
         return f"; did you mean {' or '.join(homes)}?"
-    own = near(argument, hints(name)) if name else ""
-    return own or near(argument, (f"{cls}.{field}" for cls in CLASSES for field in hints(cls)))
+    if name and (own := near(argument, hints(name))):
+        return own
+    fields = {field: f"{cls}.{field}" for cls in CLASSES for field in hints(cls)}
+    close = difflib.get_close_matches(argument.lower(), fields, n=1, cutoff=0.6)
+    return f"; did you mean {fields[close[0]]}?" if close else ""
 
 
 def check_value(value, what: str):

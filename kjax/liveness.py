@@ -22,8 +22,8 @@ COSTLY = {"exp", "exp2", "log", "log1p", "expm1", "logistic", "tanh", "erf", "er
 CHEAP = COSTLY | {
     "add", "sub", "mul", "div", "neg", "max", "min", "abs", "sign", "floor", "ceil", "round", "square", "integer_pow",
     "is_finite", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "select_n", "clamp", "add_any",
-    "convert_element_type", "broadcast_in_dim", "transpose", "iota", "slice", "dynamic_slice", "pad", "rev", "shift_left",
-    "shift_right_logical", "shift_right_arithmetic", "nextafter", "empty", "empty2", "full", "split"}
+    "convert_element_type", "broadcast_in_dim", "transpose", "iota", "slice", "dynamic_slice", "pad", "rev",
+    "shift_left", "shift_right_logical", "shift_right_arithmetic", "nextafter", "empty", "empty2", "full", "split"}
 REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod", "argmax", "argmin"}
 IN_PLACE = {"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scatter_max", "scatter_min"}
 
@@ -265,7 +265,7 @@ def _inside(op: _Op, last: dict[_Var, int]) -> tuple[int, list, set[_Var]]:
         peak, at = _peak(body, body.inputs[skip:], [True] * len(body.outputs))
         return peak, at or [("while", "", 0)], set(op.params["_ins"][op.params["cond_nconsts"] + skip:]) - {None}
     if op.name == "cond":
-        runs = [_peak(program := _flatten(branch.jaxpr), (), [out in last for out in op.outs])
+        runs = [_peak(_flatten(branch.jaxpr), (), [out in last for out in op.outs])
                 for branch in op.params["branches"]]
         peak, at = max(runs, key=lambda run: run[0])
         return peak, at or [("cond", "", 0)], set()

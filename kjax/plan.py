@@ -106,11 +106,13 @@ class Plan:
             table.add_column(style="dim")
             for row in rows:
                 table.add_row(row.name, show(row.amount), row.note)
-            console.print(table, end="\n\n")
+            console.print(table)
+            console.print()
         console.print(self.trainable)
-        console.print(f"\nmachine: {size(self.machine.host)} of main memory"
-                      + (f", {size(self.machine.device)} on the device, {size(self.machine.usable)} of it for JAX" if self.machine.device else
-                         "; JAX runs on the CPU, so device memory comes out of it"))
+        on = self.machine
+        console.print(f"machine: {size(on.host)} of main memory, " + (
+            f"{size(on.device)} on the device, {size(on.usable)} of it for JAX" if on.device is not None else
+            "which also holds the device part: JAX runs on the CPU"))
         for problem in self.problems:
             console.print(f"does not fit: {problem}", style="bold red", markup=False)
         if self.fits:
@@ -336,8 +338,8 @@ def _host_problems(config: Config, sizes: _Sizes, host: list[Row], on: Machine) 
     if beside > on.host:
         return [f"main memory: {size(beside)} beside the experts, {size(on.host)} free. Lower Train.rows_per_step or "
                 "Data.max_length, or use a machine with more memory"]
-    return [f"main memory: the experts take {size(experts)} and all else {size(beside)}, {size(on.host)} are free: they "
-            f"would be read from disk, {size(2 * experts)} per step. Use a checkpoint in fewer bits (INT4 experts "
+    return [f"main memory: the experts take {size(experts)} and all else {size(beside)}, {size(on.host)} are free: "
+            f"they would be read from disk, {size(2 * experts)} per step. Use a checkpoint in fewer bits (INT4 experts "
             f"take about {size(sizes.expert_parameters * 0.5625)}), or more memory"]
 
 

@@ -237,6 +237,13 @@ def test_unused_macros(gin):
         gin_config.load(path, ["RANKK=4"])
 
 
+def test_a_macro_whose_setting_is_overridden_was_used(gin):
+    path = gin(COMPLETE + "RANK = 4\nLora.rank = %RANK\n")
+    assert gin_config.load(path, ["Lora.rank=2"]).lora.rank == 2
+    with pytest.raises(ConfigError, match="no setting uses the macro RANK"):  # which would have no effect
+        gin_config.load(path, ["Lora.rank=2", "RANK=3"])
+
+
 def test_unknown_file_names_the_packaged_ones():
     with pytest.raises(ConfigError, match="no such gin file; did you mean lora.gin"):
         gin_config.load("lorra.gin")
