@@ -69,8 +69,8 @@ class LoraSpec:
 
 
 def group(path: str) -> str:
-    """The group a linear path belongs to: attention, shared or dense; its parent's name where none fits."""
-    return next((name for name, belongs in GROUPS.items() if belongs(path)), path.split("/")[-2])
+    """The group a linear path belongs to: attention, shared or dense."""
+    return next(name for name, belongs in GROUPS.items() if belongs(path))
 
 
 def layer_offset(path: str, linears: Mapping[str, tuple[int, int, int]]) -> int:
@@ -269,7 +269,8 @@ def table(spec: LoraSpec, linears: Mapping[str, tuple[int, int, int]], base_para
     """What the adapters of a spec cost, per group; base_parameters adds their share of the model."""
     parameters: dict[str, int] = {}
     ranks: dict[str, set[int]] = {}
-    for path, adapter in spec.entries:
+    order = list(GROUPS)
+    for path, adapter in sorted(spec.entries, key=lambda entry: order.index(group(entry[0]))):
         layers, width_in, width_out = linears[path]
         name = group(path)
         parameters[name] = parameters.get(name, 0) + layers * adapter.rank * (width_in + width_out)

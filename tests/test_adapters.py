@@ -137,6 +137,13 @@ def test_targets_of_a_foreign_adapter(tmp_path, targets):
     assert spec.paths == ("dense_layers/self_attn/q_proj", "moe_layers/self_attn/q_proj")
 
 
+@pytest.mark.parametrize("excluded", [["o_proj"], r".*\.o_proj"])
+def test_excluded_modules_of_a_foreign_adapter(tmp_path, excluded):
+    spec, _ = adapters.load(write(tmp_path / "a", q_proj(), target_modules=["q_proj", "o_proj"],
+                                  exclude_modules=excluded), LINEARS)
+    assert spec.paths == ("dense_layers/self_attn/q_proj", "moe_layers/self_attn/q_proj")
+
+
 def test_patterns_match_in_pefts_order(tmp_path):
     spec, _ = adapters.load(write(tmp_path / "a", q_proj(), alpha_pattern={"q_proj": 1, ".*": 2}), LINEARS)
     assert spec.entries[0][1].alpha == 1
