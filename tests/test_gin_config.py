@@ -4,6 +4,7 @@ import math
 import re
 import threading
 import typing
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -239,7 +240,9 @@ def test_unused_macros(gin):
 
 def test_a_macro_whose_setting_is_overridden_was_used(gin):
     path = gin(COMPLETE + "RANK = 4\nLora.rank = %RANK\n")
-    assert gin_config.load(path, ["Lora.rank=2"]).lora.rank == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert gin_config.load(path, ["Lora.rank=2"]).lora.rank == 2
     with pytest.raises(ConfigError, match="no setting uses the macro RANK"):  # which would have no effect
         gin_config.load(path, ["Lora.rank=2", "RANK=3"])
 
@@ -264,7 +267,10 @@ def test_text_round_trip(gin, defaults):
     written = gin_config.text(AWKWARD, defaults)
     loaded = gin_config.load(gin(written))
     assert loaded == AWKWARD
-    assert gin_config.text(loaded, defaults) == written  # also where 3 became 3.0
+    assert gin_config.text(loaded, defaults) == written
+    floats = replace(AWKWARD, train=replace(AWKWARD.train, epochs=3.0), optimizer=replace(
+        AWKWARD.optimizer, learning_rate=1.0), lora=replace(AWKWARD.lora, alpha_pattern={"shared": 4.0}))
+    assert floats == AWKWARD and gin_config.text(floats, defaults) == written  # equal configs, equal texts
     every = sum(len(typing.get_type_hints(cls)) for cls in gin_reader.CLASSES.values())
     bindings = [line for line in written.splitlines() if line and not line.startswith("#")]
     assert (len(bindings) == every) is defaults
