@@ -25,8 +25,9 @@ _UNSUPPORTED = {
 # Initialisations that take something out of the base weights: such an adapter is wrong beside the unchanged base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # A regular expression from a file can run for ever. With at most this many repetitions (60^4 / 4! = 540,000 ways over a
-# name of 60 characters, PEFT's own `(.*\.)?` included) and alternatives (one group can be a factor) it cannot.
-_MAX_REPETITIONS, _MAX_GROUPS = 3, 3
+# name of 60 characters, PEFT's own `(.*\.)?` included) and groups of alternatives in at most this many characters it
+# takes milliseconds a name, and a file may have this many of them.
+_MAX_REPETITIONS, _MAX_GROUPS, _MAX_LENGTH, _MAX_PATTERNS = 3, 3, 200, 32
 
 
 def write(spec: LoraSpec, linears: Linears, base: str) -> dict:
@@ -147,8 +148,10 @@ def read(raw: dict, where: str) -> Settings:
         return isinstance(value, str) or isinstance(value, list) and all(isinstance(name, str) for name in value)
 
     def pattern_of(is_value):
-        return lambda value: isinstance(value, dict) and all(map(is_value, value.values()))
+        return lambda value: (isinstance(value, dict) and all(map(is_value, value.values()))
+                              and sum(_plain(key) is None for key in value) <= _MAX_PATTERNS)
 
+    regexes = f"(at most {_MAX_PATTERNS} of them regular expressions)"
     targets = get("target_modules", is_names, "a list of names or a regular expression", [])
     excluded = get("exclude_modules", is_names, "a list of names or a regular expression", [])
     return Settings(
@@ -156,8 +159,8 @@ def read(raw: dict, where: str) -> Settings:
         base=str(raw.get("base_model_name_or_path") or ""),
         rank=get("r", is_rank, "a positive whole number", 8),  # PEFT's defaults
         alpha=get("lora_alpha", is_alpha, "a number", 8),
-        rank_pattern=get("rank_pattern", pattern_of(is_rank), "names with positive whole numbers", {}),
-        alpha_pattern=get("alpha_pattern", pattern_of(is_alpha), "names with numbers", {}),
+        rank_pattern=get("rank_pattern", pattern_of(is_rank), f"names {regexes} with positive whole numbers", {}),
+        alpha_pattern=get("alpha_pattern", pattern_of(is_alpha), f"names {regexes} with numbers", {}),
         dropout=float(get("lora_dropout", lambda p: is_alpha(p) and 0 <= p < 1, "a number in [0, 1)", 0.0)),
         rslora=get("use_rslora", lambda flag: isinstance(flag, bool), "true or false", False),
         targets=_usable(targets),
@@ -174,8 +177,7 @@ def _usable(names: list[str] | str) -> tuple[str, ...] | str:
 
 def _fits(key: str, module: str, where: str) -> bool:
     """Whether a pattern's key selects the module: PEFT matches it as a regex against the name's end after a dot."""
-    plain = key.replace("\\.", ".")
-    if re.fullmatch(r"[\w.]+", plain):
+    if plain := _plain(key):
         return module == plain or module.endswith(f".{plain}")
     if not _is_harmless(key):
         raise CheckpointError(f"{where}: the regular expression {quote(key)} is too involved to be run safely; write "
@@ -183,9 +185,15 @@ def _fits(key: str, module: str, where: str) -> bool:
     return bool(_compile(rf"(?:.*\.)?(?:{key})", where).fullmatch(module))
 
 
+def _plain(key: str) -> str | None:
+    """The module name that a pattern's key spells, if it is no more than that."""
+    plain = key.replace("\\.", ".")
+    return plain if re.fullmatch(r"[\w.]+", plain) else None
+
+
 def _is_harmless(pattern: str) -> bool:
     """Whether a match must end soon: few repetitions, none of them of a group, no back-references."""
-    return (len(pattern) <= 1000 and len(re.findall(r"[*+{]|(?<!\()\?", pattern)) <= _MAX_REPETITIONS
+    return (len(pattern) <= _MAX_LENGTH and len(re.findall(r"[*+{]|(?<!\()\?", pattern)) <= _MAX_REPETITIONS
             and pattern.count("(") <= _MAX_GROUPS and not re.search(r"\)[*+?{]|\\[1-9]|\(\?[^:]", pattern))
 
 

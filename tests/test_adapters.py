@@ -167,13 +167,14 @@ def test_patterns_match_in_pefts_order(tmp_path):
     ("lora_alpha", "16", "expected a number"),
     ("lora_dropout", 1.5, "expected a number in [0, 1)"),
     ("use_rslora", "yes", "expected true or false"),
-    ("rank_pattern", {"q_proj": 2.5}, "expected names with positive whole numbers"),
-    ("alpha_pattern", ["q_proj"], "expected names with numbers"),
+    ("rank_pattern", {"q_proj": 2.5}, "with positive whole numbers"),
+    ("alpha_pattern", ["q_proj"], "with numbers"),
     ("target_modules", [1], "a list of names"),
     ("alpha_pattern", {"(a+)+b": 1}, "too involved"),
     ("alpha_pattern", {"(a|a)" * 20: 1}, "too involved"),
     ("alpha_pattern", {".*.*.*.*x": 1}, "too involved"),
     ("alpha_pattern", {"a?" * 30: 1}, "too involved"),
+    ("alpha_pattern", {f"x{i}*": 1 for i in range(33)}, "at most 32 of them regular expressions"),
     ("rank_pattern", {"[": 1}, "no regular expression"),
 ])
 def test_settings_that_cannot_be_followed(tmp_path, key, value, says):
@@ -219,6 +220,11 @@ def test_some_layers_only(tmp_path):
     text = refusal(write(tmp_path / "a", q_proj(layers=(0, 1)), target_modules=[
         "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]))
     assert "moe_layers/self_attn/q_proj is adapted in 1 of 2 layers" in text
+
+
+def test_many_plain_names_are_no_regular_expressions(tmp_path):
+    pattern = {rf"model\.layers\.{i}\.self_attn\.q_proj": 3 for i in range(61)}
+    assert adapters.load(write(tmp_path / "a", q_proj(), alpha_pattern=pattern), LINEARS)[0].entries[0][1].alpha == 3
 
 
 def test_layers_of_different_alpha(tmp_path):
