@@ -126,6 +126,15 @@ def test_memory_beside_the_result_is_bounded(tmp_path, monkeypatch):
     assert peak < result + 2 * load.WORKERS * 5 * load.BLOCK / 2 + 300_000
 
 
+def test_readers_do_not_run_ahead():
+    drawn, items = [], range(100)
+    results = load._in_order(lambda item: -item, (drawn.append(item) or item for item in items))
+    for done, result in enumerate(results):
+        assert result == -done
+        assert len(drawn) - done <= 2 * load.WORKERS
+    assert drawn == list(items)
+
+
 def test_what_is_skipped(tmp_path):
     directory, params = write(tmp_path / "model", V3 | {"tie_word_embeddings": True})
     extra = {

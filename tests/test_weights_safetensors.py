@@ -106,9 +106,9 @@ def test_shards_are_opened_once_and_closed(sharded, monkeypatch):
 def test_files_are_closed_when_a_shard_is_bad(sharded):
     (sharded / "model-00003-of-00003.safetensors").write_bytes(b"short")
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(CheckpointError, match="5 bytes are no safetensors file"):
+    with pytest.raises(CheckpointError, match="5 bytes are no safetensors file") as caught:
         Checkpoint(sharded)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) == before, caught  # whose traceback keeps the object itself alive
 
 
 F32x2 = bytes(8)
