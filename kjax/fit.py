@@ -1,5 +1,6 @@
 """The loop over optimiser steps: evaluate, save, step, and stop well."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -27,18 +28,23 @@ class _Compiled:
     silently drop them.
     """
 
-    def __init__(self, function: Callable, interrupts: Interrupts, progress: StepProgress, *, donate: tuple = ()):
-        self._jitted = jax.jit(function, donate_argnums=donate)
-        self._interrupts, self._progress = interrupts, progress
+    def __init__(self, function: Callable, interrupts: Interrupts, *, donate: tuple = ()):
+        self._jitted, self._interrupts = jax.jit(function, donate_argnums=donate), interrupts
         self._by_shape: dict[tuple, Callable] = {}
 
-    def prepare(self, *args) -> Callable:
-        """The executable for arguments of these shapes; the last argument is the batch, alone in varying."""
-        shapes = tuple(sorted((name, array.shape) for name, array in args[-1].items()))
-        if shapes not in self._by_shape:
-            self._progress.begin("compiling")
-            self._by_shape[shapes] = self._interrupts.call(self._jitted.lower(*args).compile)
-        return self._by_shape[shapes]
+    def prepare(self, *args) -> None:
+        """Compile for arguments of these shapes; the last argument is the batch, alone in varying."""
+        if self._shapes(args) not in self._by_shape:
+            self._by_shape[self._shapes(args)] = self._interrupts.call(self._jitted.lower(*args).compile)
+
+    def __call__(self, *args):
+        """The results, complete when this returns."""
+        execute = self._by_shape[self._shapes(args)]
+        return self._interrupts.call(lambda: jax.block_until_ready(execute(*args)))
+
+    @staticmethod
+    def _shapes(args) -> tuple:
+        return tuple(sorted((name, array.shape) for name, array in args[-1].items()))
 
 
 class Fit:
@@ -74,19 +80,21 @@ class Fit:
                 chunk, seed = self.settings.loss_chunk, self.settings.seed
                 self.train_step = _Compiled(
                     step.train_step(transformer, models.unembed, chosen, chunk=chunk, seed=seed,
-                                    dropout=self.job.dropout), self.interrupts, self.progress, donate=(0,))
-                self.eval_step = _Compiled(step.eval_step(transformer, models.unembed, chunk=chunk), self.interrupts,
-                                           self.progress)
+                                    dropout=self.job.dropout), self.interrupts, donate=(0,))
+                self.eval_step = _Compiled(step.eval_step(transformer, models.unembed, chunk=chunk), self.interrupts)
                 self.started = time.monotonic()
                 try:
                     self._steps()
                 except Cancelled:
                     status = "cancelled"
+                except jax.errors.JaxRuntimeError as error:
+                    raise RunError(f"{self.doing} failed: {_brief(error)}. {self._last_saved()}") from error
                 if status == "finished" and self.done < self.total:
                     status = "interrupted"
                 signal = self.interrupts.requested if status != "finished" else None
         finally:
-            self.log.refresh_plots()
+            with contextlib.suppress(OSError):  # a full disk has been told by what failed first
+                self.log.refresh_plots()
             self.log.close()
         return Run(self.directory.path, status, self.done, self.total, [loss for _, loss in self.log.losses],
                    [loss for _, loss in self.log.eval_losses], [at for at, _ in self.log.eval_losses],
@@ -109,9 +117,9 @@ class Fit:
         while True:
             if self._evaluation_due():
                 self._evaluate()
-            stopping = self.interrupts.requested is not None
-            if self.done > self.saved and (self.done == self.total or stopping or _due(self.settings.save_steps,
-                                                                                        self.done)):
+            stopping = self._stopping()
+            due = stopping or self.done == self.total or _due(self.settings.save_steps, self.done)
+            if due and self.done > self.saved:
                 self._save()
             if self.done >= self.total or stopping:
                 return
@@ -122,21 +130,21 @@ class Fit:
             return False
         return self.done in (0, self.total) or _due(self.settings.eval_steps, self.done)
 
+    def _stopping(self) -> bool:
+        self.interrupts.poll()
+        return self.interrupts.requested is not None
+
     def _step(self) -> None:
         number = self.done + 1
         batch = self.job.batches.batch(self.done)
-        execute = self.train_step.prepare(self.state, self.params, batch)
+        self._begin(f"compiling for step {number}/{self.total}")
+        self.train_step.prepare(self.state, self.params, batch)
+        if self._stopping():
+            return
         self._begin(f"step {number}/{self.total}")
         started, host = time.monotonic(), self._host_seconds()
-
-        def work():
-            state, metrics = execute(self.state, self.params, batch)
-            return state, jax.tree.map(float, jax.block_until_ready(metrics))
-
-        try:
-            self.state, metrics = self.interrupts.call(work)
-        except jax.errors.JaxRuntimeError as error:
-            raise RunError(f"step {number} failed: {_brief(error)}. {self._last_saved()}") from error
+        self.state, metrics = self.train_step(self.state, self.params, batch)
+        metrics = jax.tree.map(float, metrics)
         seconds = time.monotonic() - started
         if not metrics.finite:
             raise RunError(f"step {number} made a loss of {metrics.loss} with a gradient norm of {metrics.grad_norm}: "
@@ -145,7 +153,7 @@ class Fit:
         tokens = int((batch["segments"] > 0).sum())
         times = StepTimes(seconds, self._host_seconds() - host, tokens, batch["segments"].size)
         rate = float(self.schedule(self.done))
-        self.done = number
+        self.done, self.doing = number, ""
         self.log.step(number, loss=metrics.loss, rate=rate, grad_norm=metrics.grad_norm,
                       epoch=number / len(self.job.batches), elapsed=time.monotonic() - self.started, times=times)
         self.progress.step(number, metrics.loss, rate, times)
@@ -154,13 +162,12 @@ class Fit:
         """The loss over every evaluation example; given up when a signal asks to stop."""
         total = count = 0.0
         for number, batch in enumerate(self.evaluation, start=1):
-            if self.interrupts.requested is not None:
-                return
-            execute = self.eval_step.prepare(self.state.lora, self.params, batch)
             self._begin(f"evaluating {number}/{len(self.evaluation)}")
-            part = self.interrupts.call(
-                lambda execute=execute, batch=batch: jax.tree.map(float, execute(self.state.lora, self.params, batch)))
-            total, count = total + part[0], count + part[1]
+            self.eval_step.prepare(self.state.lora, self.params, batch)
+            if self._stopping():
+                return
+            part = self.eval_step(self.state.lora, self.params, batch)
+            total, count = total + float(part[0]), count + float(part[1])
         loss = total / max(count, 1.0)
         self.log.evaluation(self.done, loss=loss, epoch=self.done / len(self.job.batches),
                             elapsed=time.monotonic() - self.started)
@@ -179,7 +186,7 @@ class Fit:
             self.log.refresh_plots()
 
         self.interrupts.call(work)
-        self.saved = self.done
+        self.saved, self.doing = self.done, ""
         self.progress.say(f"saved step {self.done}: {self.directory.checkpoints.path(self.done)}")
 
     def _begin(self, what: str) -> None:
@@ -198,13 +205,14 @@ class Fit:
         return f"The state of step {self.saved} is in {self.directory.checkpoints.path(self.saved)}"
 
     def _acknowledge(self, number: int) -> None:
+        left = self.progress.expected() if self.doing.startswith("step") else None
+        about = "" if left is None else f", about {left:.0f} s"
         if number == 1:
-            left = self.progress.expected() if self.doing.startswith("step") else None
-            about = "" if left is None else f", about {left:.0f} s"
-            self.progress.say(f"finishing {self.doing or 'compilation'}{about}, then saving; again to stop now")
+            what = f"finishing {self.doing}{about}" if self.doing else f"stopping after step {self.done}"
+            self.progress.say(f"{what}, then saving; again to stop now")
         else:
-            lost = "saving ends by itself" if self.doing.startswith("saving") else f"{self.doing} is lost"
-            self.progress.say(f"stopping now: {lost}. {self._last_saved()}. Again to wait for nothing")
+            lost = f"{self.doing} is lost. " if self.doing and not self.doing.startswith("saving") else ""
+            self.progress.say(f"stopping now: {lost}{self._last_saved()}; once more to wait for nothing")
 
 
 def _due(every: int | None, done: int) -> bool:

@@ -68,6 +68,11 @@ class Interrupts:
             else:
                 return value
 
+    def poll(self) -> None:
+        """Answer the signals that came between two calls."""
+        while not self._inbox.empty():
+            self._answer(self._inbox.get()[1])
+
     def _answer(self, number: int) -> None:
         if self.requested is None:
             self.requested = number

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from kjax import adapters, log
+from kjax import adapters, log, lora
 from kjax.checkpoint import ADAPTER, MANIFEST, STATE, Checkpoints
 from kjax.errors import RunError
 
@@ -122,6 +122,15 @@ class RunDirectory:
                             or path.is_file() and str(path.relative_to(child)) not in own)
         yield from (path for path in _children(self.path / ADAPTER) if path.name not in ADAPTER_FILES)
         yield from (path for path in _children(self.path / BOARD) if not path.name.startswith("events.out.tfevents."))
+
+    def require_space(self, state_bytes: int) -> None:
+        """Refuses to begin where the states that will be kept, and the one being written, do not fit on the disk."""
+        present = 0 if self._overwrite else len(self.checkpoints.steps())
+        needed = state_bytes * max(1, self.checkpoints.keep + 1 - present)
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise RunError(f"{self.path}: the saved states need {lora.size(needed)}, {lora.size(free)} are free: lower "
+                           "Train.keep, free some space, or choose another run_dir")
 
     def clear(self) -> None:
         """Remove the earlier run that is to be overwritten: its own files only."""

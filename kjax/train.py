@@ -37,6 +37,7 @@ def train(config: Config, resume: bool | str = False, overwrite: bool = False, *
         banner(console, "kjax: resuming" if resume else "kjax", rows, prepared.table)
         if saved is not None:
             _compare(saved, prepared.identity, console, force=resume == "changed")
+        directory.require_space(prepared.table.training_bytes)  # as much as gradients: state and PEFT files
         directory.clear()
         params, store = _load(config, prepared)
         try:

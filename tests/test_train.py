@@ -127,14 +127,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, workshop, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(StepProgress, "step", step_then_signal)
         part = train(again, console=console)
-    assert part.status == "interrupted" and part.exit_code == 143 and part.step == 7
-    assert part.losses == whole.losses[:7]
-    assert "finishing step 7/10, about" in console.file.getvalue() and "again to stop now" in console.file.getvalue()
-    assert saved_steps(part.directory) == [5, 7]
+    assert part.status == "interrupted" and part.exit_code == 143 and part.step == 6
+    assert part.losses == whole.losses[:6]
+    assert "stopping after step 6, then saving; again to stop now" in console.file.getvalue()
+    assert saved_steps(part.directory) == [5, 6]
 
-    # As if it had been killed while it saved step 7: what the log says about steps 6 and 7 is of a lost part.
-    (part.directory / "checkpoints/7").rename(part.directory / "checkpoints/.7.partial")
-    (part.directory / "checkpoints/.7.partial" / checkpoint.MANIFEST).unlink()
+    # As if it had been killed while it saved step 6: what the log says about step 6 is of a lost part.
+    (part.directory / "checkpoints/6").rename(part.directory / "checkpoints/.6.partial")
+    (part.directory / "checkpoints/.6.partial" / checkpoint.MANIFEST).unlink()
     console = quiet()
     run = train(again, resume=True, console=console)
     assert run.losses == whole.losses and run.eval_losses == whole.eval_losses and run.eval_at == whole.eval_at
@@ -263,13 +263,20 @@ train(tiny.settings(Path({workshop!r}), {name!r}, **changes))
     assert results["one_core"] == results["two_cores"]
 
 
-def test_a_device_that_runs_out_is_told_with_the_step(workshop, monkeypatch):
+def test_what_fails_is_told_with_the_step(workshop, monkeypatch):
     def fail(self, *args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr("kjax.fit._Compiled.prepare", lambda self, *args: lambda *args: fail(self))
-    with pytest.raises(RunError, match="step 1 failed: RESOURCE_EXHAUSTED.*Train.micro_rows.*Nothing"):
+    monkeypatch.setattr("kjax.fit._Compiled.prepare", lambda self, *args: None)
+    monkeypatch.setattr("kjax.fit._Compiled.__call__", fail)
+    with pytest.raises(RunError, match="step 1/4 failed: RESOURCE_EXHAUSTED.*Train.micro_rows.*Nothing"):
         train(tiny.settings(workshop, "exhausted", data__val_size=0.0), console=quiet())
+
+
+def test_a_disk_too_small_is_found_before_loading(workshop, monkeypatch):
+    monkeypatch.setattr("kjax.run.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(RunError, match="full: the saved states need .* kB, 1.0 kB are free: lower Train.keep"):
+        train(tiny.settings(workshop, "full"), console=quiet())
 
 
 def test_a_saved_adapter_loads_with_its_base(finished):
