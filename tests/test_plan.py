@@ -193,7 +193,9 @@ def test_liveness_of_products_and_fused_operations():
     assert temporaries(lambda a: (a @ a) + 1, A) == 1  # over the product
     assert temporaries(lambda a: jnp.sum(e := jnp.exp(a)) + jnp.sum(e * a), A) > 1  # too dear to compute twice
     assert temporaries(lambda a: jnp.sum(a.T + 1), A) < 0.01
-    assert temporaries(lambda a: jnp.einsum("ibj,kbj->bik", a[:, None], a[:, None]), A) > 1  # laid out anew
+    heads = jax.ShapeDtypeStruct((8, 8, 64), jnp.float32)  # as large as A; the result is an eighth of it
+    assert temporaries(lambda q, k: jnp.einsum("bij,bkj->bik", q, k), heads, heads) == 1 / 8
+    assert temporaries(lambda q, k: jnp.einsum("ibj,kbj->bik", q, k), heads, heads) == 1 / 8 + 2  # laid out anew
     assert temporaries(lambda a: (a @ a, a @ a.T)[0], A) == 1  # nobody reads the second
     assert temporaries(lambda a: a + 1, A, donated=[True]) == 0
 
