@@ -2,8 +2,8 @@
 // segment; backward: operand rows are A as they are, stored rows B, two interleaved. Included inside an unnamed namespace.
 
 constexpr int64_t kTile = 512;         // bf16 of one operand tile: 16 rows of 32, or 16 pairs of rows of 16
-constexpr int64_t kDepth = 512;        // reduction per block: 32 stored rows (or columns) are 32 KB of L1 and met by all tokens
-constexpr int64_t kDirectRows = 32;    // up to here stored rows meet at most two tiles of tokens: reading them in place is enough
+constexpr int64_t kDepth = 512;        // reduction per block of `along`: 32 stored rows are 32 KB of L1 and met by all tokens
+constexpr int64_t kAcrossDepth = 128;  // rows 4 KB apart share one 32nd of L2: this many, and as many prefetched, take 8 of its 16 ways
 constexpr int64_t kSteps = kDepth / 32;
 
 inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -137,7 +137,7 @@ void along(const Product& p) {
   for (int64_t k = 0; k < w.cols; k += kDepth) {
     const int64_t depth = w.cols - k < kDepth ? w.cols - k : kDepth, steps = blocks_of(depth, 32);
     // In place where the rows are operands already, all of them exist, and whole tiles of them do.
-    const bool in_place = Decode<F>::kInPlace && p.rows <= kDirectRows && p.strip.count == kLine && depth % 32 == 0;
+    const bool in_place = Decode<F>::kInPlace && p.strip.count == kLine && depth % 32 == 0;
     Operand stored[4];
     for (int64_t j = 0; j < 4; ++j) {
       if (in_place) {
@@ -150,8 +150,7 @@ void along(const Product& p) {
     const bool more = k + kDepth < w.cols;
     const Strip& s = more ? p.strip : p.next;
     const int64_t from = more ? k + kDepth : 0, n = s.matrix.cols - from < kDepth ? s.matrix.cols - from : kDepth;
-    Prefetch prefetch(byte_at<F>(s.matrix, s.first, from), bytes_of<F>(s.matrix.cols), bytes_of<F>(n), s.count,
-                      (token_tiles / 2 * 2 + token_tiles % 2) * steps * kTicks);
+    Prefetch prefetch(byte_at<F>(s.matrix, s.first, from), bytes_of<F>(s.matrix.cols), bytes_of<F>(n), s.count, token_tiles * steps * kTicks);
     const auto token = [&](int64_t t) { return Operand{tokens + (k / 32 * token_tiles + t) * kTile, 64, token_tiles * kTile * 2}; };
     for (int64_t t = 0; t + 1 < token_tiles; t += 2)
       for (int64_t j = 0; j < 4; j += 2)
@@ -179,14 +178,14 @@ void across(const Product& p) {
   uint16_t* const panel = reinterpret_cast<uint16_t*>(p.scratch);  // [columns / 64][steps * 16 pairs][64][2]
   const Matrix& w = p.strip.matrix;
   const int64_t token_tiles = blocks_of(p.rows, 16), lines = blocks_of(p.strip.count, kLine);
-  for (int64_t k = 0; k < w.rows; k += kDepth) {
-    const int64_t depth = w.rows - k < kDepth ? w.rows - k : kDepth, steps = blocks_of(depth, 32), pairs = steps * 16;
+  for (int64_t k = 0; k < w.rows; k += kAcrossDepth) {
+    const int64_t depth = w.rows - k < kAcrossDepth ? w.rows - k : kAcrossDepth, steps = blocks_of(depth, 32), pairs = steps * 16;
     across_panel<F>(w, k, depth, p.strip.first, p.strip.count, panel, pairs);
-    const bool more = k + kDepth < w.rows;
+    const bool more = k + kAcrossDepth < w.rows;
     const Strip& s = more ? p.strip : p.next;
-    const int64_t from = more ? k + kDepth : 0, n = s.matrix.rows - from < kDepth ? s.matrix.rows - from : kDepth;
+    const int64_t from = more ? k + kAcrossDepth : 0, n = s.matrix.rows - from < kAcrossDepth ? s.matrix.rows - from : kAcrossDepth;
     Prefetch prefetch(byte_at<F>(s.matrix, from, s.first), bytes_of<F>(s.matrix.cols), bytes_of<F>(s.count), n,
-                      (token_tiles / 2 * 2 + token_tiles % 2) * lines * steps * kTicks);
+                      token_tiles * lines * steps * kTicks);
     const bool add = p.add || k > 0;
     const auto token = [&](int64_t t) { return Operand{static_cast<const uint16_t*>(p.a) + t * 16 * p.lda + k, p.lda * 2, 64}; };
     for (int64_t line = 0; line < lines; ++line) {
