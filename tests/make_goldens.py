@@ -40,7 +40,7 @@ CASES = {
     "v3_plain": _V3 | dict(q_lora_rank=None, n_group=1, topk_group=1, first_k_dense_replace=0, num_hidden_layers=2,
                            attention_bias=True, rope_interleave=False, rope_scaling=None, tie_word_embeddings=True),
     "k2": _V3 | dict(num_attention_heads=2, num_key_value_heads=2, n_group=1, topk_group=1, n_routed_experts=24,
-                     num_experts_per_tok=8, routed_scaling_factor=2.827, rope_theta=50000.0, rms_norm_eps=1e-5,
+                     num_experts_per_tok=8, routed_scaling_factor=2.827, rope_theta=50000.0, rms_norm_eps=1e-3,
                      rope_scaling=_YARN | dict(factor=32.0, beta_fast=1.0)),
 }
 
