@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from kjax.weights.safetensors import parse_json, quote
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RECORD, TEMPLATE = "kjax_adapter.json", "chat_template.jinja"
 DTYPES = ("F32", "BF16", "F16", "F64")
+MAX_NORM = 1 << 20  # numbers: larger ones are no norm of any model, and nothing to read for a hash
 MAX_JSON = 1 << 24  # bytes: far above the 60 kB of a config that names every projection of 61 layers
 
 
@@ -48,11 +50,11 @@ def identify(checkpoint, name: str | None = None) -> Base:
     found = map(checkpoint.entry, checkpoint.names())
     entries = sorted((entry.name, entry.dtype, list(entry.shape)) for entry in found)
     config_json, weights = checkpoint.config_json, hashlib.sha256()
-    for tensor, _, _ in entries:
+    for tensor, _, shape in entries:
         layer = re.match(r"model\.layers\.(\d{1,9})\.", tensor)
         # Layers above the model's own predict further tokens; copies of a model come with and without them.
         own = layer is None or int(layer[1]) < config_json.get("num_hidden_layers", 0)
-        if tensor.endswith("norm.weight") and own:
+        if tensor.endswith("norm.weight") and own and math.prod(shape) <= MAX_NORM:
             weights.update(tensor.encode() + np.asarray(checkpoint.read(tensor), np.float32).tobytes())
     config, tensors = (hashlib.sha256(_json(part)).hexdigest() for part in (config_json, entries))
     return Base(name or str(checkpoint.directory), config, tensors, weights.hexdigest())

@@ -319,6 +319,8 @@ def test_identity():
     assert wider.weights == base.weights and wider.tensors != base.tensors
     without_head = adapters.identify(FakeCheckpoint(tensors | {"model.layers.2.enorm.weight": np.ones(2)}))
     assert without_head.weights == base.weights
+    oversized = adapters.identify(FakeCheckpoint(tensors | {"model.norm.norm.weight": np.zeros(2**20 + 1, np.int8)}))
+    assert oversized.weights == base.weights
     trained = tensors | {"model.layers.1.input_layernorm.weight": np.array([3, 5], ml_dtypes.bfloat16)}
     assert adapters.identify(FakeCheckpoint(trained)).weights != base.weights
     assert adapters.identify(FakeCheckpoint(tensors, {"rms_norm_eps": 1e-5})).config != base.config
