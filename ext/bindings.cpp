@@ -231,7 +231,7 @@ size_t set_stash_budget(std::optional<int64_t> bytes) {
 NB_MODULE(_ext, m) {
   m.doc() = "SwiGLU experts on the host over checkpoint bytes. Arrays are C-contiguous; bfloat16 travels as uint16.";
 
-  nb::class_<Handle>(m, "Store", "Where the expert projections of every layer lie; format is \"bf16\" or \"fp32\".")
+  nb::class_<Handle>(m, "Store", "Where the expert projections of every layer lie; format is bf16, fp32, fp8_block, fp8_channel, int4_group32 or int8_group128.")
       .def(nb::init<int, int, int64_t, int64_t, const std::string&>(), nb::arg("layers"), nb::arg("experts"), nb::arg("width"), nb::arg("hidden"),
            nb::arg("format"))
       .def("add_buffer", &Handle::add_buffer, nb::arg("bytes"),

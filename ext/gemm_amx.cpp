@@ -14,6 +14,6 @@ namespace {
 
 }  // namespace
 
-const Gemm kAmxGemm = {"amx", kLine, 4 * kLine, {along<Format::kBf16>, nullptr}, {across<Format::kBf16>, nullptr}, pack, begin, end};
+const Gemm kAmxGemm = {"amx", kLine, 4 * kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), pack, begin, end};
 
 }  // namespace kjax

@@ -150,7 +150,7 @@ void along(const Product& p) {
     const bool more = k + kDepth < w.cols;
     const Strip& s = more ? p.strip : p.next;
     const int64_t from = more ? k + kDepth : 0, n = s.matrix.cols - from < kDepth ? s.matrix.cols - from : kDepth;
-    Prefetch prefetch(byte_at<F>(s.matrix, s.first, from), bytes_of<F>(s.matrix.cols), bytes_of<F>(n), s.count, token_tiles * steps * kTicks);
+    Prefetch prefetch(byte_at(F, s.matrix, s.first, from), row_bytes(F, s.matrix.cols), bytes_of(F, n), s.count, token_tiles * steps * kTicks);
     const auto token = [&](int64_t t) { return Operand{tokens + (k / 32 * token_tiles + t) * kTile, 64, token_tiles * kTile * 2}; };
     for (int64_t t = 0; t + 1 < token_tiles; t += 2)
       for (int64_t j = 0; j < 4; j += 2)
@@ -184,7 +184,7 @@ void across(const Product& p) {
     const bool more = k + kAcrossDepth < w.rows;
     const Strip& s = more ? p.strip : p.next;
     const int64_t from = more ? k + kAcrossDepth : 0, n = s.matrix.rows - from < kAcrossDepth ? s.matrix.rows - from : kAcrossDepth;
-    Prefetch prefetch(byte_at<F>(s.matrix, from, s.first), bytes_of<F>(s.matrix.cols), bytes_of<F>(s.count), n,
+    Prefetch prefetch(byte_at(F, s.matrix, from, s.first), row_bytes(F, s.matrix.cols), bytes_of(F, s.count), n,
                       token_tiles * lines * steps * kTicks);
     const bool add = p.add || k > 0;
     const auto token = [&](int64_t t) { return Operand{static_cast<const uint16_t*>(p.a) + t * 16 * p.lda + k, p.lda * 2, 64}; };

@@ -22,7 +22,7 @@ inline void transpose(V (&b)[kLanes]) {
 }  // namespace
 
 const FloatKernels kAvx512Kernels = {
-    {"avx512", kLine, kLine, {along<Format::kBf16>, along<Format::kFp32>}, {across<Format::kBf16>, across<Format::kFp32>}, nullptr, nullptr, nullptr},
+    {"avx512", kLine, kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, nullptr, nullptr},
     {convert, swiglu, swiglu_backward, add_scaled}};
 
 }  // namespace kjax

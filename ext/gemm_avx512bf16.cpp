@@ -144,12 +144,18 @@ void along_dot(const Product& p) {
     const int64_t later_depth = s.matrix.cols - later_k < step ? s.matrix.cols - later_k : step;
     const int64_t k = u / groups * step, depth = k_end - k < step ? k_end - k : step, col = u % groups * 4;
     const int64_t later_rows = s.count - later < 4 ? s.count - later : 4;
-    Prefetch prefetch(byte_at<F>(s.matrix, s.first + later, later_k), bytes_of<F>(s.matrix.cols), bytes_of<F>(later_depth),
+    Prefetch prefetch(byte_at(F, s.matrix, s.first + later, later_k), row_bytes(F, s.matrix.cols), bytes_of(F, later_depth),
                       later_k < s.matrix.cols && later_rows > 0 ? later_rows : 0, tiles(p.rows) * (depth / 32));
     const uint16_t* w[4];
     for (int64_t j = 0; j < 4; ++j) {
-      const int64_t row = col + j < p.strip.count ? col + j : p.strip.count - 1;  // a repeated row fills up the last four
-      w[j] = Decode<F>::at(p.strip.matrix, p.strip.first + row, k);
+      const int64_t row = p.strip.first + (col + j < p.strip.count ? col + j : p.strip.count - 1);  // a repeated row fills up the last four
+      if constexpr (Decode<F>::kInPlace) {
+        w[j] = reinterpret_cast<const uint16_t*>(byte_at(F, p.strip.matrix, row, k));
+      } else {
+        uint16_t* const decoded = reinterpret_cast<uint16_t*>(p.scratch) + j * (kDotDepth + 32);  // rows 4 KB apart would share L1 sets
+        for (int64_t i = 0; i < depth; i += 32) _mm512_storeu_si512(decoded + i, Decode<F>::load32(p.strip.matrix, row, k + i, depth - i));
+        w[j] = decoded;
+      }
     }
     for_tiles(p.rows, [&]<int R>(int64_t r) {
       dot_tile<R>(operands(p, r, k), p.lda, w, depth, p.c + r * p.ldc + col, p.ldc, p.add || k > 0, prefetch);
@@ -169,7 +175,7 @@ void along(const Product& p) {
     const bool more = k + kAlongDepth < w.cols;
     const Strip& s = more ? p.strip : p.next;
     const int64_t from = more ? k + kAlongDepth : 0, n = s.matrix.cols - from < kAlongDepth ? s.matrix.cols - from : kAlongDepth;
-    Prefetch prefetch(byte_at<F>(s.matrix, s.first, from), bytes_of<F>(s.matrix.cols), bytes_of<F>(n), s.count, tiles(p.rows) * pairs);
+    Prefetch prefetch(byte_at(F, s.matrix, s.first, from), row_bytes(F, s.matrix.cols), bytes_of(F, n), s.count, tiles(p.rows) * pairs);
     multiply_panel(p, k, panel, pairs, 0, prefetch);
   }
 }
@@ -185,13 +191,13 @@ void across(const Product& p) {
     const Strip& s = more ? p.strip : p.next;
     const int64_t from = more ? k + kAcrossDepth : 0, n = s.matrix.rows - from < kAcrossDepth ? s.matrix.rows - from : kAcrossDepth;
     const int64_t lines = (p.strip.count + kLine - 1) / kLine;
-    Prefetch prefetch(byte_at<F>(s.matrix, from, s.first), bytes_of<F>(s.matrix.cols), bytes_of<F>(s.count), n, tiles(p.rows) * pairs * lines);
+    Prefetch prefetch(byte_at(F, s.matrix, from, s.first), row_bytes(F, s.matrix.cols), bytes_of(F, s.count), n, tiles(p.rows) * pairs * lines);
     for (int64_t c = 0; c < p.strip.count; c += kLine) multiply_panel(p, k, panel + c * pairs * 2, pairs, c, prefetch);
   }
 }
 
 }  // namespace
 
-const Gemm kAvx512Bf16Gemm = {"avx512bf16", kLine, 4 * kLine, {along<Format::kBf16>, nullptr}, {across<Format::kBf16>, nullptr}, nullptr, nullptr, nullptr};
+const Gemm kAvx512Bf16Gemm = {"avx512bf16", kLine, 4 * kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, nullptr, nullptr};
 
 }  // namespace kjax

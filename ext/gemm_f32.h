@@ -3,7 +3,6 @@
 // Included inside an unnamed namespace by each float kernel file.
 
 inline Dtype operand_type(Format format) { return kOperandType[static_cast<int>(format)]; }
-inline int64_t row_bytes(Format format, int64_t n) { return n * kBits[static_cast<int>(format)] / 8; }
 
 constexpr int64_t kTileCols = kVectors * kLanes;  // columns of C per tile
 constexpr int64_t kDepth = 256;                   // reduction per block: a panel of kLine columns is 64 KB
@@ -138,8 +137,7 @@ void along_few(const Product& p, Format format) {
     }
     for (int64_t c = 0; c < p.strip.count; c += 4) {
       const int64_t ahead = p.strip.count - c - 4 < 4 ? p.strip.count - c - 4 : 4;
-      Prefetch prefetch(p.strip.matrix.data + row_bytes(format, (p.strip.first + c + 4) * k_end + k), row_bytes(format, k_end),
-                        row_bytes(format, depth), ahead, (p.rows + 1) / 2 * (whole / kLanes));
+      Prefetch prefetch(byte_at(format, p.strip.matrix, p.strip.first + c + 4, k), row_bytes(format, k_end), bytes_of(format, depth), ahead, (p.rows + 1) / 2 * (whole / kLanes));
       for (int64_t j = 0; j < 4; ++j) {
         const int64_t row = c + j < p.strip.count ? c + j : p.strip.count - 1;  // a repeated row fills up the last four
         decode_row(format, p.strip.matrix, p.strip.first + row, k, depth, w + j * kFewDepth);
@@ -169,8 +167,7 @@ void along(const Product& p) {
     const bool more = k + kDepth < w.cols;
     const Strip& next = more ? p.strip : p.next;
     const int64_t from = more ? k + kDepth : 0, n = next.matrix.cols - from < kDepth ? next.matrix.cols - from : kDepth;
-    Prefetch prefetch(next.matrix.data ? next.matrix.data + row_bytes(F, next.first * next.matrix.cols + from) : nullptr,
-                      row_bytes(F, next.matrix.cols), row_bytes(F, n), next.count, panel_steps(p, depth));
+    Prefetch prefetch(byte_at(F, next.matrix, next.first, from), row_bytes(F, next.matrix.cols), bytes_of(F, n), next.count, panel_steps(p, depth));
     multiply_panels(p, F, s, k, depth, prefetch);
   }
 }
@@ -192,8 +189,10 @@ void across(const Product& p) {
     const bool more = k + kDepth < w.rows;
     const Strip& next = more ? p.strip : p.next;
     const int64_t from = more ? k + kDepth : 0, n = next.matrix.rows - from < kDepth ? next.matrix.rows - from : kDepth;
-    Prefetch prefetch(next.matrix.data ? next.matrix.data + row_bytes(F, from * next.matrix.cols + next.first) : nullptr,
-                      row_bytes(F, next.matrix.cols), row_bytes(F, next.count), n, panel_steps(p, depth));
+    Prefetch prefetch(byte_at(F, next.matrix, from, next.first), row_bytes(F, next.matrix.cols), bytes_of(F, next.count), n, panel_steps(p, depth));
     multiply_panels(p, F, s, k, depth, prefetch);
   }
 }
+
+#define KJAX_FORMATS(f) \
+  {f<Format::kBf16>, f<Format::kFp32>, f<Format::kFp8Block>, f<Format::kFp8Channel>, f<Format::kInt4Group32>, f<Format::kInt8Group128>}

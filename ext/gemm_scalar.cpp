@@ -51,12 +51,6 @@ inline void transpose(V (&b)[kLanes]) {
 
 #include "decode_scalar.h"
 
-inline uint16_t float_to_bf16(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40);  // a quiet NaN stays one
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);                   // round to nearest even
-}
 inline V load_bf16_n(const uint16_t* p, int64_t n) { return map([&](int i) { return i < n ? bf16_to_float(p[i]) : 0.0f; }); }
 inline V load_bf16(const uint16_t* p) { return load_bf16_n(p, kLanes); }
 inline void store_bf16_n(uint16_t* p, V v, int64_t n) {
@@ -71,7 +65,7 @@ inline void store_bf16(uint16_t* p, V v) { store_bf16_n(p, v, kLanes); }
 }  // namespace
 
 const FloatKernels kScalarKernels = {
-    {"scalar", kLine, kLine, {along<Format::kBf16>, along<Format::kFp32>}, {across<Format::kBf16>, across<Format::kFp32>}, nullptr, nullptr, nullptr},
+    {"scalar", kLine, kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, nullptr, nullptr},
     {convert, swiglu, swiglu_backward, add_scaled}};
 
 }  // namespace kjax

@@ -5,14 +5,27 @@
 
 namespace kjax {
 
-// How the checkpoint stores a projection. The order is that of kFormatInfo in store.cpp and of every Gemm's tables.
-enum class Format : int { kBf16, kFp32 };
-constexpr int kFormats = 2;
+// How the checkpoint stores a projection. The order is that of the tables below, of kFormatInfo and of every Gemm.
+//   fp8_block    e4m3, one fp32 scale per block of 128 x 128 weights (DeepSeek-V3's weight_scale_inv)
+//   fp8_channel  e4m3, one fp32 scale per stored row
+//   int4_group32 8 weights + 8 per int32, the first in the low bits, one bf16 scale per 32 of a row (compressed-tensors)
+//   int8_group128  int8, one bf16 scale per 128 of a row
+// A quantised weight is bf16(scale * code), as in a checkpoint dequantised to bf16.
+enum class Format : int { kBf16, kFp32, kFp8Block, kFp8Channel, kInt4Group32, kInt8Group128 };
+constexpr int kFormats = 6;
 
 // Type of operands and stored activations: a fp32 store multiplies in fp32, every other one rounds operands to bf16.
 enum class Dtype : int { kBf16, kFp32 };
-constexpr Dtype kOperandType[kFormats] = {Dtype::kBf16, Dtype::kFp32};
-constexpr int kBits[kFormats] = {16, 32};  // per stored weight, scales aside
+constexpr Dtype kOperandType[kFormats] = {Dtype::kBf16, Dtype::kFp32, Dtype::kBf16, Dtype::kBf16, Dtype::kBf16, Dtype::kBf16};
+constexpr int kBits[kFormats] = {16, 32, 8, 8, 4, 8};  // per stored weight, scales aside
+
+// The block of weights that shares a scale, and the scale's size; no bytes: no scales. Scales lie row-major by blocks, partial
+// blocks at the ends counting whole.
+struct ScaleBlock {
+  int64_t rows, cols, bytes;
+};
+constexpr int64_t kWholeRow = int64_t{1} << 40;
+constexpr ScaleBlock kScaleBlock[kFormats] = {{1, 1, 0}, {1, 1, 0}, {128, 128, 4}, {1, kWholeRow, 4}, {1, 32, 2}, {1, 128, 2}};
 
 // One stored projection of one expert, row-major as in the checkpoint.
 struct Matrix {

@@ -12,13 +12,18 @@
 
 namespace kjax {
 
-const FormatInfo kFormatInfo[kFormats] = {{"bf16", 2}, {"fp32", 4}};
+const FormatInfo kFormatInfo[kFormats] = {{"bf16", 2},        {"fp32", 4},         {"fp8_block", 1},
+                                          {"fp8_channel", 1}, {"int4_group32", 1}, {"int8_group128", 1}};
 
 namespace {
 
 #include "decode_scalar.h"
 
-int64_t data_bytes(Format format, const Matrix& w) { return w.rows * w.cols * kBits[static_cast<int>(format)] / 8; }
+int64_t data_bytes(Format format, const Matrix& w) { return w.rows * row_bytes(format, w.cols); }
+int64_t scale_bytes(Format format, const Matrix& w) {
+  const ScaleBlock& block = kScaleBlock[static_cast<int>(format)];
+  return (w.rows + block.rows - 1) / block.rows * scales_per_row(block, w.cols) * block.bytes;
+}
 
 std::mutex registry_mutex;
 std::map<int, std::shared_ptr<Store>> registry;
@@ -65,24 +70,32 @@ int Store::add_buffer(std::shared_ptr<const uint8_t> bytes, size_t size) {
   return static_cast<int>(buffers_.size()) - 1;
 }
 
-void Store::place(int layer, int projection, const int32_t* buffer, const int64_t* offset, const int32_t* scale_buffer, const int64_t*) {
+const uint8_t* Store::range(const std::string& what, int32_t buffer, int64_t offset, int64_t bytes, int64_t alignment) const {
+  if (buffer < 0 || static_cast<size_t>(buffer) >= buffers_.size())
+    throw std::invalid_argument(text(what, "buffer ", buffer, " is not one of the ", buffers_.size(), " added"));
+  const Buffer& b = buffers_[buffer];
+  if (offset < 0 || static_cast<uint64_t>(bytes) > b.size || static_cast<uint64_t>(offset) > b.size - bytes)
+    throw std::invalid_argument(text(what, "bytes ", offset, " to ", offset, " + ", bytes, " are not within the buffer's ", b.size));
+  const uint8_t* const data = b.bytes.get() + offset;
+  if (reinterpret_cast<uintptr_t>(data) % alignment)
+    throw std::invalid_argument(text(what, "offset ", offset, " is not aligned to ", alignment, " bytes in memory"));
+  return data;
+}
+
+void Store::place(int layer, int projection, const int32_t* buffer, const int64_t* offset, const int32_t* scale_buffer, const int64_t* scale_offset) {
   check_indices(layer, 0, projection);
-  const char* name = kProjectionNames[projection];
-  if (placed_[layer] >> projection & 1) throw std::invalid_argument(text("expert store ", id, ": ", name, " of layer ", layer, " is already placed"));
+  const std::string name = text("expert store ", id, ": ", kProjectionNames[projection], " of layer ", layer);
+  if (placed_[layer] >> projection & 1) throw std::invalid_argument(text(name, " is already placed"));
   const FormatInfo& info = kFormatInfo[static_cast<int>(format)];
-  if (scale_buffer) throw std::invalid_argument(text("expert store ", id, ": format ", info.name, " has no scales"));
-  const int64_t bytes = data_bytes(format, matrix(layer, 0, projection));
+  const int64_t scale_alignment = kScaleBlock[static_cast<int>(format)].bytes;
+  if (scale_alignment && !scale_buffer) throw std::invalid_argument(text(name, ": format ", info.name, " needs scales"));
+  if (!scale_alignment && scale_buffer) throw std::invalid_argument(text(name, ": format ", info.name, " has no scales"));
+  const Matrix w = matrix(layer, 0, projection);
   for (int e = 0; e < experts; ++e) {
-    const std::string what = text("expert store ", id, ": ", name, " of layer ", layer, ", expert ", e, ": ");
-    if (buffer[e] < 0 || static_cast<size_t>(buffer[e]) >= buffers_.size())
-      throw std::invalid_argument(text(what, "buffer ", buffer[e], " is not one of the ", buffers_.size(), " added"));
-    const Buffer& b = buffers_[buffer[e]];
-    if (offset[e] < 0 || static_cast<uint64_t>(bytes) > b.size || static_cast<uint64_t>(offset[e]) > b.size - bytes)
-      throw std::invalid_argument(text(what, "bytes ", offset[e], " to ", offset[e], " + ", bytes, " are not within the buffer's ", b.size));
-    const uint8_t* data = b.bytes.get() + offset[e];
-    if (reinterpret_cast<uintptr_t>(data) % info.alignment)
-      throw std::invalid_argument(text(what, "offset ", offset[e], " is not aligned to ", info.alignment, " bytes in memory"));
-    places_[index(layer, e, projection)] = {data, nullptr};
+    Place& place = places_[index(layer, e, projection)];
+    place.data = range(text(name, ", expert ", e, ": "), buffer[e], offset[e], data_bytes(format, w), info.alignment);
+    if (scale_buffer)
+      place.scales = range(text(name, ", expert ", e, ", scales: "), scale_buffer[e], scale_offset[e], scale_bytes(format, w), scale_alignment);
   }
   placed_[layer].fetch_or(static_cast<uint8_t>(1 << projection), std::memory_order_release);
 }

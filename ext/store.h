@@ -14,10 +14,10 @@ namespace kjax {
 enum Projection : int { kGate, kUp, kDown, kProjections };
 inline constexpr const char* kProjectionNames[kProjections] = {"gate_proj", "up_proj", "down_proj"};
 
-// How a format lies in memory. Quantised formats add the block of weights that share one scale.
+// What kernels need not know of a format.
 struct FormatInfo {
   const char* name;
-  int alignment;  // of the weights, in bytes
+  int64_t alignment;  // of the weights, in bytes
 };
 extern const FormatInfo kFormatInfo[kFormats];
 Format parse_format(const std::string& name);
@@ -54,6 +54,8 @@ class Store {
   struct Place {
     const uint8_t *data, *scales;
   };
+  // The memory of one expert's weights or scales, after checking that it lies in a buffer and is aligned.
+  const uint8_t* range(const std::string& what, int32_t buffer, int64_t offset, int64_t bytes, int64_t alignment) const;
   void check_indices(int layer, int expert, int projection) const;
   size_t index(int layer, int expert, int projection) const;
 

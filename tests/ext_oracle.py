@@ -33,18 +33,57 @@ class Layer:
     down: np.ndarray
 
 
-def make_layer(rng, experts, width, hidden, fmt="bf16", layers=1, layer=0):
+QUANTISED = {  # bits of a code, rows and columns that share a scale (0: all columns), type of the scale
+    "fp8_block": (8, 128, 128, np.float32),
+    "fp8_channel": (8, 1, 0, np.float32),
+    "int4_group32": (4, 1, 32, BF16),
+    "int8_group128": (8, 1, 128, BF16),
+}
+FORMATS = ["bf16", "fp32", *QUANTISED]
+
+
+def quantised(rng, fmt, experts, rows, cols):
+    """Random codes and scales as bytes [E, .], and the weights they mean as float64 [E, rows, cols]: bf16(scale * code)."""
+    bits_, block_rows, block_cols, scale_type = QUANTISED[fmt]
+    block_cols = block_cols or cols
+    blocks = -(-rows // block_rows), -(-cols // block_cols)
+    if fmt.startswith("fp8"):
+        codes = rng.integers(0, 256, (experts, rows, cols), dtype=np.uint8)
+        codes[codes & 127 == 127] ^= 1  # not the code of NaN
+        numbers, stored, unit = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32), codes, 200
+    elif fmt == "int8_group128":
+        codes = rng.integers(-128, 128, (experts, rows, cols), dtype=np.int8)
+        numbers, stored, unit = codes.astype(np.float32), codes, 70
+    else:
+        codes = rng.integers(0, 16, (experts, rows, -(-cols // 8) * 8), dtype=np.uint8)
+        numbers, unit = codes[..., :cols].astype(np.float32) - 8, 5
+        stored = codes[..., ::2] | codes[..., 1::2] << 4
+    scales = ((0.5 + rng.random((experts, *blocks))) / (unit * np.sqrt(cols))).astype(scale_type)
+    spread = np.repeat(np.repeat(scales.astype(np.float32), block_rows, 1), block_cols, 2)[:, :rows, :cols]
+    as_bytes = [np.frombuffer(a.tobytes(), np.uint8).reshape(experts, -1) for a in (stored, scales)]
+    return *as_bytes, (numbers * spread).astype(BF16).astype(np.float64)
+
+
+def make_layer(rng, experts, width, hidden, fmt="bf16", layers=1):
     """All layers of the store hold the same experts, so tests that need one may use any."""
     store = _ext.Store(layers, experts, width, hidden, fmt)
+
+    def add(raw):  # [E, bytes] -> where place() finds it
+        buffer = store.add_buffer(raw.reshape(-1))
+        return np.full(experts, buffer, np.int32), np.arange(experts, dtype=np.int64) * raw.shape[1]
+
     weights = []
     for projection, (rows, cols) in enumerate([(hidden, width), (hidden, width), (width, hidden)]):
-        w = bits(rng.standard_normal((experts, rows, cols)) / np.sqrt(cols), fmt)
-        raw = np.frombuffer(w.tobytes(), np.uint8)
-        buffer = store.add_buffer(raw)
-        offset = np.arange(experts, dtype=np.int64) * (raw.size // experts)
-        for i in range(layers):
-            store.place(i, projection, np.full(experts, buffer, np.int32), offset)
-        weights.append(values(w))
+        if fmt in QUANTISED:
+            codes, scales, w = quantised(rng, fmt, experts, rows, cols)
+            where = *add(codes), *add(scales)
+        else:
+            stored = bits(rng.standard_normal((experts, rows, cols)) / np.sqrt(cols), fmt)
+            w = values(stored)
+            where = add(np.frombuffer(stored.tobytes(), np.uint8).reshape(experts, -1))
+        for layer in range(layers):
+            store.place(layer, projection, *where)
+        weights.append(w)
     return Layer(store, *weights)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ext_oracle import bits, make_layer, oracle, relative_l2, round_bf16, route, values
+from ext_oracle import FORMATS, bits, make_layer, oracle, relative_l2, round_bf16, route, values
 
 from kjax import _ext
 
@@ -41,7 +41,7 @@ def check(layer, fmt, x, idx, gate, dy, keep=True):
     """
     got = [values(a) for a in run(layer, x, idx, gate, dy, keep)]
     exact = oracle(layer, values(x), idx, gate, values(dy))
-    narrow = fmt == "bf16"
+    narrow = fmt != "fp32"
     rounded = oracle(layer, values(x), idx, gate, values(dy), round_bf16 if narrow else lambda a: a)
     for name, a, b, r in zip(["y", "dx", "dgate"], got, exact, rounded, strict=True):
         allowed = 40 * 2.0**-24
@@ -75,7 +75,7 @@ def test_against_float64(isa, fmt, dtype, shape):
     check(layer, fmt, *problem(rng, tokens, width, idx, gate, dtype))
 
 
-@pytest.mark.parametrize("fmt", ["bf16", "fp32"])
+@pytest.mark.parametrize("fmt", FORMATS)
 def test_accuracy_is_that_of_the_operands(isa, fmt):
     """At a size where luck averages out: within twice the error of rounding the operands alone."""
     rng = np.random.default_rng(0)
@@ -84,7 +84,19 @@ def test_accuracy_is_that_of_the_operands(isa, fmt):
     x, idx, gate, dy = problem(rng, 64, 256, idx, gate, "fp32")
     exact, rounded = oracle(layer, x, idx, gate, dy), oracle(layer, x, idx, gate, dy, round_bf16)
     for a, b, r in zip(run(layer, x, idx, gate, dy), exact, rounded, strict=True):
-        assert relative_l2(a, b) <= (2 * relative_l2(r, b) if fmt == "bf16" else 16 * 2.0**-24)
+        assert relative_l2(a, b) <= (16 * 2.0**-24 if fmt == "fp32" else 2 * relative_l2(r, b))
+
+
+@pytest.mark.parametrize("fmt", FORMATS[2:])
+@pytest.mark.parametrize("shape", [(1, 1, 3, 1, 1), (7, 33, 129, 3, 3), (17, 260, 31, 5, 2), (100, 135, 257, 2, 2), (5, 40, 2060, 2, 1)],
+                         ids=lambda s: "x".join(map(str, s)))  # fmt: skip
+def test_quantised_against_float64(isa, fmt, shape):
+    """Partial blocks and groups at every end."""
+    tokens, width, hidden, experts, per_token = shape
+    rng = np.random.default_rng(sum(shape))
+    layer = make_layer(rng, experts, width, hidden, fmt)
+    idx, gate = route(rng, tokens, experts, per_token)
+    check(layer, fmt, *problem(rng, tokens, width, idx, gate, "bf16"))
 
 
 @pytest.mark.parametrize("fmt", ["bf16", "fp32"])
@@ -167,7 +179,7 @@ def fingerprint():
     """Bits of results over shapes with several strips, segments and experts, for all ISAs."""
     rng = np.random.default_rng(6)
     out = []
-    for fmt, dtype in [("bf16", "bf16"), ("fp32", "fp32")]:
+    for fmt, dtype in [("bf16", "bf16"), ("fp32", "fp32"), ("int4_group32", "bf16")]:
         layer = make_layer(rng, 6, 300, 530, fmt)
         idx, gate = route(rng, 90, 6, 3)
         idx[:60, 0] = 2

@@ -5,9 +5,10 @@ import threading
 import time
 import weakref
 
+import ml_dtypes
 import numpy as np
 import pytest
-from ext_oracle import bits, make_layer, oracle, relative_l2, route, values
+from ext_oracle import FORMATS, QUANTISED, bits, make_layer, oracle, relative_l2, route, values
 
 from kjax import _ext
 
@@ -53,7 +54,7 @@ MATRIX = WIDTH * HIDDEN * 2  # bytes of one projection
         ((0, EXPERTS, WIDTH, HIDDEN, "bf16"), "layers = 0 is not between"),
         ((1, EXPERTS, -1, HIDDEN, "bf16"), "width = -1 is not between"),
         ((1, EXPERTS, WIDTH, 2**40, "bf16"), "hidden = 1099511627776 is not between"),
-        ((1, EXPERTS, WIDTH, HIDDEN, "fp64"), 'unknown expert format "fp64"; known: bf16, fp32'),
+        ((1, EXPERTS, WIDTH, HIDDEN, "fp64"), 'unknown expert format "fp64"; known: bf16, fp32, fp8_block, fp8_channel, int4_group32, int8_group128$'),
     ],
 )
 def test_store_refuses_sizes_and_formats(arguments, message):
@@ -142,8 +143,8 @@ def test_calls_check_their_arguments():
 
 
 def test_decode_gives_the_weights():
-    for fmt in ("bf16", "fp32"):
-        layer = make_layer(np.random.default_rng(1), EXPERTS, WIDTH, HIDDEN, fmt, layers=2)
+    for fmt in FORMATS:
+        layer = make_layer(np.random.default_rng(1), EXPERTS, 131, 70, fmt, layers=2)
         for projection, w in enumerate([layer.gate, layer.up, layer.down]):
             np.testing.assert_array_equal(layer.store.decode(1, 2, projection), w[2])
         with pytest.raises(ValueError, match=r"expert 3 is not in 0\.\.2"):
@@ -161,6 +162,60 @@ def test_nonfinite_weights_are_found(fmt, value):
     for projection, number in enumerate([clean, dirty, clean]):
         store.place(0, projection, *where(number, 0, step, 2 * step))
     assert store.nonfinite(0) == [(1, 1), (2, 1)]
+
+
+def all_codes(fmt):
+    """A store of one row per code, scale 1, and what it decodes to."""
+    codes = np.arange(256, dtype=np.uint8).repeat(32 if fmt == "int4_group32" else 128)
+    store = _ext.Store(1, 1, 64 if fmt == "int4_group32" else 128, 256, fmt)
+    scale = np.ones(256, QUANTISED[fmt][3]).view(np.uint8)
+    where = np.zeros(1, np.int32), np.zeros(1, np.int64)
+    store.add_buffer(codes)
+    number = np.full(1, store.add_buffer(np.resize(scale, 1 << 12)), np.int32)
+    for projection in range(3):
+        store.place(0, projection, *where, number, where[1])
+    return codes, store
+
+
+@pytest.mark.parametrize("fmt", QUANTISED)
+def test_decode_of_every_code(fmt):
+    codes, store = all_codes(fmt)
+    decoded = store.decode(0, 0, 0)
+    if fmt == "int4_group32":
+        nibbles = np.stack([codes & 15, codes >> 4], -1).reshape(256, 64)
+        np.testing.assert_array_equal(decoded, nibbles.astype(np.float32) - 8)
+    else:
+        kind = np.int8 if fmt == "int8_group128" else ml_dtypes.float8_e4m3fn
+        np.testing.assert_array_equal(decoded, codes.view(kind).astype(np.float32).reshape(256, 128))
+    assert (store.nonfinite(0) != []) == fmt.startswith("fp8")
+
+
+@pytest.mark.parametrize("fmt", QUANTISED)
+def test_scales_are_checked_like_weights(fmt):
+    bits_, rows, cols, kind = QUANTISED[fmt]
+    store = _ext.Store(1, 1, 130, 140, fmt)  # gate_proj has 140 rows and 130 columns
+    weights = 140 * (68 if bits_ == 4 else 130)  # 130 nibbles end at a whole int32
+    scales = -(-140 // rows) * (-(-130 // cols) if cols else 1) * np.dtype(kind).itemsize
+    store.add_buffer(np.zeros(weights, np.uint8))
+    store.add_buffer(np.zeros(scales, np.uint8))
+    store.add_buffer(np.zeros(scales + 1, np.uint8))
+    store.add_buffer(np.zeros(weights - 1, np.uint8))
+
+    def place(buffer, scale_buffer, scale_offset):
+        one = [np.array([n], t) for n, t in ((buffer, np.int32), (0, np.int64), (scale_buffer, np.int32), (scale_offset, np.int64))]
+        store.place(0, 0, *one)
+
+    with pytest.raises(ValueError, match=f"format {fmt} needs scales"):
+        store.place(0, 0, np.zeros(1, np.int32), np.zeros(1, np.int64))
+    with pytest.raises(ValueError, match=rf"scales: bytes 2 to 2 \+ {scales} are not within"):
+        place(0, 1, 2)
+    with pytest.raises(ValueError, match="scales: buffer 4 is not one of the 4 added"):
+        place(0, 4, 0)
+    with pytest.raises(ValueError, match=r"scales: offset 1 is not aligned to [24] bytes"):
+        place(0, 2, 1)
+    with pytest.raises(ValueError, match=rf"expert 0: bytes 0 to 0 \+ {weights} are not within the buffer's {weights - 1}"):
+        place(3, 1, 0)
+    place(0, 1, 0)
 
 
 def test_closed_store_is_refused_by_its_number():
