@@ -40,7 +40,7 @@ def test_train_passes_flags_in_and_the_exit_code_out(job, monkeypatch, flag, cod
     def fake(config, resume, overwrite):
         asked.append((config.lora.rank, resume, overwrite))
         return run.Run(job, "interrupted", 1, 2, [1.0], [], [], code)
-    monkeypatch.setattr("kjax.train.train", fake)
+    monkeypatch.setattr(sys.modules["kjax.train"], "train", fake)
     arguments = ["train", "--gin_file", str(job / "run.gin"), "--gin.Lora.rank=7"]
     assert cli.main([*arguments, flag] if flag else arguments) == code
     assert asked == [(7, flag == "--resume", flag == "--overwrite")]
