@@ -17,3 +17,7 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("no real data: set KJAX_TEST_DATA")
     return path
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="of the random models in the parity tests; CI uses 0")
