@@ -26,7 +26,7 @@ class Interrupts:
     def __init__(self, acknowledge: Callable[[int], None]):
         """acknowledge(n) tells the user what signal number n (1, 2) does; it runs in the main thread."""
         self.requested: int | None = None  # the first signal's number
-        self.cancelled = False
+        self.cancelled = self._abandoned = False
         self._acknowledge = acknowledge
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()  # reentrant: a handler may interrupt a put
         self._work: queue.SimpleQueue = queue.SimpleQueue()
@@ -35,7 +35,8 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         if self._main:
-            threading.Thread(target=self._serve, name="kjax-run", daemon=True).start()
+            self._thread = threading.Thread(target=self._serve, name="kjax-run", daemon=True)
+            self._thread.start()
             for number in SIGNALS:
                 self._saved[number] = signal.getsignal(number)
                 signal.signal(number, lambda number, _: self._inbox.put(("signal", number)))
@@ -46,8 +47,8 @@ class Interrupts:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._saved.clear()
         self._work.put(None)
-        if self.cancelled:
-            _ext.cancel(False)
+        if self._main and not self._abandoned:
+            self._thread.join()
 
     def call(self, function: Callable, *args):
         """function(*args), answering signals while it runs.
@@ -82,6 +83,7 @@ class Interrupts:
             _ext.cancel(True)
             self._acknowledge(2)
         else:
+            self._abandoned = True
             raise KeyboardInterrupt
 
     def _serve(self) -> None:
@@ -91,3 +93,5 @@ class Interrupts:
                 self._inbox.put(("result", function(*args)))
             except BaseException as error:  # carried to the main thread, whatever it is
                 self._inbox.put(("error", error))
+        if self.cancelled:  # here, after the last task: one that nobody waits for must not go on
+            _ext.cancel(False)

@@ -97,9 +97,11 @@ class StepProgress:
 
 
 def _notebook_line():
-    from IPython.display import display
+    from IPython.display import DisplayHandle
 
-    return display(_preformatted("starting"), display_id=True)
+    handle = DisplayHandle()
+    handle.display(_preformatted("starting"))
+    return handle
 
 
 def _preformatted(line: str):

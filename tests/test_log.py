@@ -125,3 +125,13 @@ def test_before_the_first_step_no_time_is_promised():
     bar = progress.StepProgress(Console(file=io.StringIO()), 3, 0)
     bar.begin("step 1/3")
     assert bar.expected() is None
+
+
+def test_in_a_notebook_one_line_is_updated_in_place(capsys):
+    pytest.importorskip("IPython")
+    shown = []
+    with progress.StepProgress(Console(force_jupyter=True, width=80), 3, 0) as bar:
+        bar._handle.update = lambda line: shown.append(line.data)
+        bar.step(1, 2.0, 1e-4, TIMES)
+        bar.step(2, 1.5, 1e-4, TIMES)
+    assert len(shown) == 2 and "step 2/3" in shown[1] and shown[1].startswith("<pre>")

@@ -19,7 +19,6 @@ from rich.console import Console
 from kjax import adapters, checkpoint, gin_config, log
 from kjax.errors import DataError, RunError
 from kjax.fit import Fit
-from kjax.load import load
 from kjax.progress import StepProgress
 from kjax.run import Run
 from kjax.train import train
@@ -250,6 +249,7 @@ import tiny
 from kjax.train import train
 changes = dict(train__steps=3, model__dtype="bfloat16", data__val_size=0.0)
 train(tiny.settings(Path({workshop!r}), {name!r}, **changes))
+print("pool of", os.environ["NPROC"])
 """
     environment = {key: value for key, value in os.environ.items() if key not in ("NPROC", "KJAX_THREADS")}
     results = {}
@@ -258,7 +258,8 @@ train(tiny.settings(Path({workshop!r}), {name!r}, **changes))
         done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=300,
                               env=environment)
         assert done.returncode == 0, done.stderr
-        assert f"{len(used)} thread" in done.stdout
+        # Other threads for the experts, the same pool for the rest: XLA splits some sums by the size of its pool.
+        assert f"{len(used)} thread" in done.stdout and "pool of 16" in done.stdout
         results[name] = (workshop / name / "adapter" / adapters.WEIGHTS).read_bytes()
     assert results["one_core"] == results["two_cores"]
 
@@ -277,12 +278,3 @@ def test_a_disk_too_small_is_found_before_loading(workshop, monkeypatch):
     monkeypatch.setattr("kjax.run.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(RunError, match="full: the saved states need .* kB, 1.0 kB are free: lower Train.keep"):
         train(tiny.settings(workshop, "full"), console=quiet())
-
-
-def test_a_saved_adapter_loads_with_its_base(finished):
-    config, run, _, _ = finished
-    tokens = np.arange(12)[None]
-    with load(config.model.directory, adapter=run.adapter, dtype="float32") as tuned, \
-            load(config.model.directory, dtype="float32") as plain:
-        assert tuned.spec.get("moe_layers/self_attn/q_b_proj").rank == 2
-        assert not np.allclose(np.asarray(tuned.logits(tokens)), np.asarray(plain.logits(tokens)), atol=1e-3)

@@ -60,8 +60,9 @@ def test_the_second_signal_cancels_the_host_kernels_until_the_end():
     assert asked.is_set() and states == [True, False]
 
 
-def test_after_the_third_signal_nothing_is_waited_for():
-    said, never = [], threading.Event()
+def test_after_the_third_signal_nothing_is_waited_for(monkeypatch):
+    said, never, states = [], threading.Event(), []
+    monkeypatch.setattr(_ext, "cancel", states.append)
 
     def work():
         for count in range(3):
@@ -72,7 +73,9 @@ def test_after_the_third_signal_nothing_is_waited_for():
     with pytest.raises(KeyboardInterrupt), Interrupts(said.append) as interrupts:
         interrupts.call(work)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert states == [True], "the work that nobody waits for must not go on"
     never.set()
+    wait_until(lambda: states == [True, False])
 
 
 def test_errors_keep_their_kind_and_origin():
