@@ -166,7 +166,7 @@ class Train(_Checked):
     micro_rows: int | None = None  # rows in attention at a time; None: all
     loss_chunk: int = 1024  # tokens whose logits exist at a time
     seed: int = 0
-    eval_steps: int | None = None  # None: only at the end
+    eval_steps: int | None = None  # None: only before the first step and at the end
     save_steps: int | None = None  # None: only at the end
     keep: int = 2  # checkpoints kept
     tensorboard: bool = True
