@@ -63,7 +63,7 @@ def _compare(saved: dict, identity: checkpoint.Identity, console: Console, *, fo
         console.print(f"differs from the saved state: {line}", soft_wrap=True, markup=False)
     if binding and not force:
         raise RunError("this run is not the one that was saved:\n  " + "\n  ".join(binding) + "\nGo back to the saved "
-                       "settings, start over with --overwrite, or resume all the same with resume='changed'")
+                       "settings, start over with --overwrite, or go on all the same with --resume changed")
 
 
 def _load(config: Config, prepared: job.Job) -> tuple[dict, ExpertStore | None]:
