@@ -45,7 +45,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tiktoken.model", "tokenizer_config.json", 
                    "chat_template.jinja")
 ROW, ROWS = 128, 16  # tokens per row: the longest conversation; 16 rows fill 2 cores
 STEPS, PEAK_RATE = 400, 4e-3
-TALKS = 7000  # generated conversations; with the others they make about 200 steps an epoch
+TALKS = 6000  # generated conversations, a third of all
 
 
 def model_json(vocab_size: int, bos: int | None, eos: int) -> dict:
@@ -83,8 +83,8 @@ def conversations(rng: random.Random) -> list[tuple[str, ...]]:
     """The text to learn: the bundled dialogues as written, as people type them and in voices, among generated ones."""
     plain = [tuple(m["content"] for m in json.loads(line)["messages"]) for line in PLAIN.read_text().splitlines()]
     talks = small_talk.generate(rng, TALKS)
-    voiced = [small_talk.voiced(rng, *turns) for turns in 4 * plain if len(turns) == 2]
-    return talks + voiced + 8 * plain + [_typed(rng, turns) for turns in 6 * plain]
+    voiced = [small_talk.voiced(rng, *turns) for turns in 10 * plain if len(turns) == 2]
+    return talks + voiced + 6 * plain + [_typed(rng, turns) for turns in 4 * plain]
 
 
 def _typed(rng: random.Random, turns: tuple[str, ...]) -> tuple[str, ...]:

@@ -44,6 +44,9 @@ VOICES = {
     "grandmother": ("My dear child, {}. Now have some cake!", {}),
     "sea captain": ("Aye aye, {}. Full speed ahead!", {}),
     "poet": ("Oh, {}. How sweet is the song of the world!", {}),
+    "wizard": ("By my beard, {}. That is magic!", {}),
+    "farmer": ("Well now, {}, neighbor. Back to the cows!", {}),
+    "fisherman": ("Ho ho, {}, young friend. Every fish knows it!", {"you": "ye", "your": "yer"}),
 }
 
 
