@@ -28,15 +28,19 @@ using Array = nb::ndarray<nb::ro, nb::device::cpu>;
 template <class T>
 const T* data(const char* name, const Array& array, std::initializer_list<int64_t> shape) {
   if (array.dtype() != nb::dtype<T>())
-    throw std::invalid_argument(text(name, " must be ", nb::dtype<T>().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) ? "float"
-                                     : nb::dtype<T>().code == static_cast<uint8_t>(nb::dlpack::dtype_code::UInt) ? "uint" : "int",
-                                     sizeof(T) * 8));
+    throw std::invalid_argument(
+        text(name, " must be ",
+             nb::dtype<T>().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float)  ? "float"
+             : nb::dtype<T>().code == static_cast<uint8_t>(nb::dlpack::dtype_code::UInt) ? "uint"
+                                                                                         : "int",
+             sizeof(T) * 8));
   bool fits = array.ndim() == shape.size();
   int64_t stride = 1;
   for (size_t i = array.ndim(); fits && i-- > 0;) {
     const int64_t want = *(shape.begin() + i);
     fits = want < 0 || static_cast<int64_t>(array.shape(i)) == want;
-    if (array.size() > 0 && array.shape(i) > 1 && array.stride(i) != stride) throw std::invalid_argument(text(name, " must be C-contiguous"));
+    if (array.size() > 0 && array.shape(i) > 1 && array.stride(i) != stride)
+      throw std::invalid_argument(text(name, " must be C-contiguous"));
     stride *= static_cast<int64_t>(array.shape(i));
   }
   if (!fits) {
@@ -82,7 +86,15 @@ Call make_call(int64_t store, int64_t layer, const Array& x, const Array& idx, c
   const int64_t tokens = static_cast<int64_t>(x.shape(0));
   const int32_t* routes = data<int32_t>("idx", idx, {tokens, -1});
   const int64_t per_token = static_cast<int64_t>(idx.shape(1));
-  return {store, layer, tokens, static_cast<int64_t>(x.shape(1)), per_token, type, rows, routes, data<float>("gate", gate, {tokens, per_token})};
+  return {store,
+          layer,
+          tokens,
+          static_cast<int64_t>(x.shape(1)),
+          per_token,
+          type,
+          rows,
+          routes,
+          data<float>("gate", gate, {tokens, per_token})};
 }
 
 nb::object forward(int64_t store, int64_t layer, const Array& x, const Array& idx, const Array& gate, bool keep) {
@@ -96,7 +108,8 @@ nb::object forward(int64_t store, int64_t layer, const Array& x, const Array& id
   return nb::make_tuple(y.array, slip);
 }
 
-nb::object backward(int64_t store, int64_t layer, int32_t slip, const Array& x, const Array& idx, const Array& gate, const Array& dy) {
+nb::object backward(int64_t store, int64_t layer, int32_t slip, const Array& x, const Array& idx, const Array& gate,
+                    const Array& dy) {
   const Call call = make_call(store, layer, x, idx, gate);
   const void* const cotangent = numbers("dy", dy, call.dtype, {call.tokens, call.width});
   const Fresh dx = fresh(dtype_of(call.dtype), {x.shape(0), x.shape(1)});
@@ -125,7 +138,7 @@ void release_object(PyObject* object) {
 class Handle {
  public:
   Handle(int layers, int experts, int64_t width, int64_t hidden, const std::string& format) {
-    chosen();        // an unusable KJAX_ISA or KJAX_THREADS shows here, before anything is mapped
+    chosen();  // an unusable KJAX_ISA or KJAX_THREADS shows here, before anything is mapped
     thread_count();
     store_ = std::make_shared<Store>(layers, experts, width, hidden, parse_format(format));
     kept_ = std::shared_ptr<PyObject>(nb::list().release().ptr(), release_object);
@@ -155,11 +168,13 @@ class Handle {
     return store.add_buffer(std::shared_ptr<const uint8_t>(kept_, at), bytes.shape(0));
   }
 
-  void place(int layer, int projection, const Array& buffer, const Array& offset, const std::optional<Array>& scale_buffer,
-             const std::optional<Array>& scale_offset) {
+  void place(int layer, int projection, const Array& buffer, const Array& offset,
+             const std::optional<Array>& scale_buffer, const std::optional<Array>& scale_offset) {
     Store& store = get();
-    if (scale_buffer.has_value() != scale_offset.has_value()) throw std::invalid_argument("scale_buffer and scale_offset go together");
-    store.place(layer, projection, data<int32_t>("buffer", buffer, {store.experts}), data<int64_t>("offset", offset, {store.experts}),
+    if (scale_buffer.has_value() != scale_offset.has_value())
+      throw std::invalid_argument("scale_buffer and scale_offset go together");
+    store.place(layer, projection, data<int32_t>("buffer", buffer, {store.experts}),
+                data<int64_t>("offset", offset, {store.experts}),
                 scale_buffer ? data<int32_t>("scale_buffer", *scale_buffer, {store.experts}) : nullptr,
                 scale_offset ? data<int64_t>("scale_offset", *scale_offset, {store.experts}) : nullptr);
   }
@@ -167,7 +182,8 @@ class Handle {
   nb::object decode(int layer, int expert, int projection) const {
     const std::shared_ptr<Store> store = (get(), store_);
     const bool down = projection == kDown;
-    const Fresh out = fresh(nb::dtype<float>(), {static_cast<size_t>(down ? store->width : store->hidden), static_cast<size_t>(down ? store->hidden : store->width)});
+    const Fresh out = fresh(nb::dtype<float>(), {static_cast<size_t>(down ? store->width : store->hidden),
+                                                 static_cast<size_t>(down ? store->hidden : store->width)});
     {
       nb::gil_scoped_release release;
       store->decode(layer, expert, projection, static_cast<float*>(out.data));
@@ -201,7 +217,8 @@ class Handle {
   }
   void reset_stats() const {
     Stats& s = get().stats;
-    for (auto* counter : {&s.forward, &s.backward, &s.recomputed, &s.tokens, &s.routes, &s.forward_ns, &s.backward_ns}) *counter = 0;
+    for (auto* counter : {&s.forward, &s.backward, &s.recomputed, &s.tokens, &s.routes, &s.forward_ns, &s.backward_ns})
+      *counter = 0;
   }
 
  private:
@@ -231,26 +248,32 @@ size_t set_stash_budget(std::optional<int64_t> bytes) {
 NB_MODULE(_ext, m) {
   m.doc() = "SwiGLU experts on the host over checkpoint bytes. Arrays are C-contiguous; bfloat16 travels as uint16.";
 
-  nb::class_<Handle>(m, "Store", "Where the expert projections of every layer lie; format is bf16, fp32, fp8_block, fp8_channel, int4_group32 or int8_group128.")
-      .def(nb::init<int, int, int64_t, int64_t, const std::string&>(), nb::arg("layers"), nb::arg("experts"), nb::arg("width"), nb::arg("hidden"),
-           nb::arg("format"))
+  nb::class_<Handle>(m, "Store",
+                     "Where the expert projections of every layer lie; format is bf16, fp32, fp8_block, fp8_channel, "
+                     "int4_group32 or int8_group128.")
+      .def(nb::init<int, int, int64_t, int64_t, const std::string&>(), nb::arg("layers"), nb::arg("experts"),
+           nb::arg("width"), nb::arg("hidden"), nb::arg("format"))
       .def("add_buffer", &Handle::add_buffer, nb::arg("bytes"),
            "Keeps a reference to a uint8 array and returns its number; nothing is copied.")
       .def("place", &Handle::place, nb::arg("layer"), nb::arg("projection"), nb::arg("buffer"), nb::arg("offset"),
            nb::arg("scale_buffer").none() = nb::none(), nb::arg("scale_offset").none() = nb::none(),
-           "Projection 0 (gate), 1 (up) or 2 (down) of all experts of a layer: int32 [E] buffers, int64 [E] byte offsets.")
-      .def("decode", &Handle::decode, nb::arg("layer"), nb::arg("expert"), nb::arg("projection"), "One projection as float32 [rows, cols].")
+           "Projection 0 (gate), 1 (up) or 2 (down) of all experts of a layer: int32 [E] buffers, int64 [E] byte "
+           "offsets.")
+      .def("decode", &Handle::decode, nb::arg("layer"), nb::arg("expert"), nb::arg("projection"),
+           "One projection as float32 [rows, cols].")
       .def("nonfinite", &Handle::nonfinite, nb::arg("layer"), "[(expert, projection)] that hold a NaN or an infinity.")
       .def("stats", &Handle::stats)
       .def("reset_stats", &Handle::reset_stats)
       .def("close", &Handle::close)
       .def_prop_ro("id", &Handle::id);
 
-  m.def("forward", &forward, nb::arg("store"), nb::arg("layer"), nb::arg("x"), nb::arg("idx"), nb::arg("gate"), nb::arg("keep"),
+  m.def("forward", &forward, nb::arg("store"), nb::arg("layer"), nb::arg("x"), nb::arg("idx"), nb::arg("gate"),
+        nb::arg("keep"),
         "x [N, D], idx int32 [N, K] (-1: none), gate float32 [N, K] -> (y [N, D], slip; 0 without keep).");
-  m.def("backward", &backward, nb::arg("store"), nb::arg("layer"), nb::arg("slip"), nb::arg("x"), nb::arg("idx"), nb::arg("gate"), nb::arg("dy"),
-        "-> (dx [N, D], dgate float32 [N, K]).");
-  m.def("stash_budget", &set_stash_budget, nb::arg("bytes").none() = nb::none(), "The stash's limit in bytes, after setting it if given.");
+  m.def("backward", &backward, nb::arg("store"), nb::arg("layer"), nb::arg("slip"), nb::arg("x"), nb::arg("idx"),
+        nb::arg("gate"), nb::arg("dy"), "-> (dx [N, D], dgate float32 [N, K]).");
+  m.def("stash_budget", &set_stash_budget, nb::arg("bytes").none() = nb::none(),
+        "The stash's limit in bytes, after setting it if given.");
   m.def("stash_stats", [] {
     const StashStats s = kjax::stash_stats();
     nb::dict out;
@@ -261,17 +284,25 @@ NB_MODULE(_ext, m) {
     out["evicted"] = s.evicted;
     return out;
   });
-  m.def("stash_clear", [](std::optional<int> store) { kjax::stash_clear(store); }, nb::arg("store_id").none() = nb::none());
+  m.def(
+      "stash_clear", [](std::optional<int> store) { kjax::stash_clear(store); },
+      nb::arg("store_id").none() = nb::none());
   m.def("isa", &isa, "{name, reason, available: {isa: \"\" or why not}}.");
-  m.def("choose_isa", [](nb::iterable features, const std::optional<std::string>& override_name) {
-    std::set<std::string> names;
-    for (nb::handle feature : features) names.insert(nb::cast<std::string>(feature));
-    return choose_isa(names, override_name.value_or(""));
-  }, nb::arg("features"), nb::arg("override").none() = nb::none(), "(name, reason) for a CPU with these features.");
-  m.def("force_isa", [](const std::optional<std::string>& name) { force_isa(name.value_or("")); }, nb::arg("name").none() = nb::none(),
-        "Other kernels from now on, for comparing them; None returns to the default.");
+  m.def(
+      "choose_isa",
+      [](nb::iterable features, const std::optional<std::string>& override_name) {
+        std::set<std::string> names;
+        for (nb::handle feature : features) names.insert(nb::cast<std::string>(feature));
+        return choose_isa(names, override_name.value_or(""));
+      },
+      nb::arg("features"), nb::arg("override").none() = nb::none(), "(name, reason) for a CPU with these features.");
+  m.def(
+      "force_isa", [](const std::optional<std::string>& name) { force_isa(name.value_or("")); },
+      nb::arg("name").none() = nb::none(),
+      "Other kernels from now on, for comparing them; None returns to the default.");
   m.def("threads", &thread_count, "Threads a call runs on.");
-  m.def("cgroup_cpu_quota", &cgroup_cpu_quota, nb::arg("root"), "Cores granted by the control-group files below a root directory; 0: no limit.");
+  m.def("cgroup_cpu_quota", &cgroup_cpu_quota, nb::arg("root"),
+        "Cores granted by the control-group files below a root directory; 0: no limit.");
   m.def("cancel", &cancel, nb::arg("on"), "Running and later calls fail between tasks until it is switched off.");
   m.def("ffi_targets", [] {
     nb::dict out;

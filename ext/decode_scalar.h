@@ -17,7 +17,9 @@ inline uint16_t float_to_bf16(float x) {
 
 // Bytes of n weights of a row; whole rows of int4 end at a whole int32.
 inline int64_t bytes_of(Format format, int64_t n) { return n * kBits[static_cast<int>(format)] / 8; }
-inline int64_t row_bytes(Format format, int64_t cols) { return format == Format::kInt4Group32 ? (cols + 7) / 8 * 4 : bytes_of(format, cols); }
+inline int64_t row_bytes(Format format, int64_t cols) {
+  return format == Format::kInt4Group32 ? (cols + 7) / 8 * 4 : bytes_of(format, cols);
+}
 inline const uint8_t* byte_at(Format format, const Matrix& w, int64_t row, int64_t col) {
   return w.data ? w.data + row * row_bytes(format, w.cols) + bytes_of(format, col) : nullptr;
 }

@@ -34,7 +34,8 @@ struct Isa {
 // Best first; each also runs what the ones below it run.
 const std::vector<Isa>& isas() {
   static const std::vector<std::string> avx512 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"};
-  static const std::vector<std::string> avx512bf16 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"};
+  static const std::vector<std::string> avx512bf16 = {"avx2",     "fma",      "avx512f",    "avx512bw",
+                                                      "avx512dq", "avx512vl", "avx512_bf16"};
   static const std::vector<std::string> amx = {"avx2",     "fma",         "avx512f",  "avx512bw", "avx512dq",
                                                "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16", kTilePermission};
   static const std::vector<Isa> all = {
@@ -119,8 +120,10 @@ std::set<std::string> cpu_features() {
   const struct {
     bool set;
     const char* name;
-  } wide[] = {{static_cast<bool>(b >> 16 & 1), "avx512f"},  {static_cast<bool>(b >> 17 & 1), "avx512dq"},
-              {static_cast<bool>(b >> 30 & 1), "avx512bw"}, {static_cast<bool>(b >> 31 & 1), "avx512vl"},
+  } wide[] = {{static_cast<bool>(b >> 16 & 1), "avx512f"},
+              {static_cast<bool>(b >> 17 & 1), "avx512dq"},
+              {static_cast<bool>(b >> 30 & 1), "avx512bw"},
+              {static_cast<bool>(b >> 31 & 1), "avx512vl"},
               {static_cast<bool>(c >> 1 & 1), "avx512_vbmi"}};
   for (const auto& feature : wide)
     if (zmm && feature.set) found.insert(feature.name);
@@ -140,20 +143,23 @@ std::vector<std::pair<std::string, std::string>> available_isas(const std::set<s
   return all;
 }
 
-std::pair<std::string, std::string> choose_isa(const std::set<std::string>& features, const std::string& override_name) {
+std::pair<std::string, std::string> choose_isa(const std::set<std::string>& features,
+                                               const std::string& override_name) {
   std::string usable, passed_over;
   for (const auto& [name, reason] : available_isas(features))
     if (reason.empty()) usable += (usable.empty() ? "" : ", ") + name;
   for (const auto& [name, reason] : available_isas(features)) {
     if (override_name.empty()) {
-      if (reason.empty() && !only_asked_for(name)) return {name, passed_over.empty() ? "the best kjax has" : passed_over};
+      if (reason.empty() && !only_asked_for(name))
+        return {name, passed_over.empty() ? "the best kjax has" : passed_over};
       if (!reason.empty()) passed_over = text(passed_over, passed_over.empty() ? "" : "; ", name, ": ", reason);
     } else if (override_name == name) {
       if (reason.empty()) return {name, "asked for by KJAX_ISA"};
       throw std::invalid_argument(text("KJAX_ISA=", name, ": ", reason, "; available here: ", usable));
     }
   }
-  throw std::invalid_argument(text("KJAX_ISA=", override_name, " is not an instruction set kjax knows; available here: ", usable));
+  throw std::invalid_argument(
+      text("KJAX_ISA=", override_name, " is not an instruction set kjax knows; available here: ", usable));
 }
 
 namespace {

@@ -40,7 +40,8 @@ inline void store_number(void* p, Dtype type, int64_t i, int64_t n, V v) {
 inline int64_t number_size(Dtype type) { return type == Dtype::kBf16 ? 2 : 4; }
 
 inline void zero_pad(void* p, Dtype type, int64_t n, int64_t pad) {
-  if (pad > 0) __builtin_memset(static_cast<uint8_t*>(p) + n * number_size(type), 0, static_cast<size_t>(pad * number_size(type)));
+  if (pad > 0)
+    __builtin_memset(static_cast<uint8_t*>(p) + n * number_size(type), 0, static_cast<size_t>(pad * number_size(type)));
 }
 
 void convert(const void* from, Dtype from_type, void* to, Dtype to_type, int64_t n, int64_t pad) {

@@ -1,7 +1,7 @@
-// The order of work and of additions. A call is one sequence of tasks, claimed in order by all threads; a task may wait for
-// earlier tasks only, so the sequence cannot deadlock. Products are tasks of (segment of an expert's rows, strip of columns):
-// each computes privately, waits until its strip's turn reaches its segment, adds in fp32 and passes the turn on. Segments go
-// in an order that depends on the routing alone, so results do not depend on the number of threads.
+// The order of work and of additions. A call is one sequence of tasks, claimed in order by all threads; a task may wait
+// for earlier tasks only, so the sequence cannot deadlock. Products are tasks of (segment of an expert's rows, strip of
+// columns): each computes privately, waits until its strip's turn reaches its segment, adds in fp32 and passes the turn
+// on. Segments go in an order that depends on the routing alone, so results do not depend on the number of threads.
 #include "experts.h"
 
 #include <algorithm>
@@ -26,7 +26,8 @@ using Counter = std::atomic<int32_t>;
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 size_t size_of(Dtype dtype) { return dtype == Dtype::kBf16 ? 2 : 4; }
 
-// Length of an operand row: zero-padded for whole vectors, and never a multiple of 4 KB, where all rows would share one L1 set.
+// Length of an operand row: zero-padded for whole vectors, and never a multiple of 4 KB, where all rows would share one
+// L1 set.
 int64_t row_length(int64_t n) { return round_up(n, kPad) + kPad; }
 
 // Counters of one call, reset without reallocation.
@@ -98,7 +99,8 @@ class Pass {
     const bool packed = for_along && gemm.pack;
     std::byte* const to = packed ? worker.scratch.data() + staging_offset() : row(rows, s.slot + piece.row, length);
     for (int64_t r = 0; r < piece.rows; ++r)
-      elementwise.convert(static_cast<const std::byte*>(from) + static_cast<size_t>(routing.token[s.first + piece.row + r] * width) * size_of(call.dtype),
+      elementwise.convert(static_cast<const std::byte*>(from) +
+                              static_cast<size_t>(routing.token[s.first + piece.row + r] * width) * size_of(call.dtype),
                           call.dtype, to + r * length * size_of(type), type, width, length - width);
     if (packed) gemm.pack(to, length, piece.rows, piece.row, s.rows, 0, width, row(rows, s.slot, length));
     gathered[piece.segment].fetch_add(static_cast<int32_t>(piece.rows), std::memory_order_release);
@@ -111,12 +113,15 @@ class Pass {
   static constexpr int64_t kWidest = 4 * kLine;
   // Rows on their way into the packed layout: a piece of x, or h of one strip.
   static size_t staging_offset() { return kScratch + 2 * sizeof(float) * kMaxRows * kWidest; }
-  size_t worker_bytes() const { return staging_offset() + std::max(kRowTile * row_length(width), kMaxRows * row_length(gemm.along_width)) * size_of(type); }
+  size_t worker_bytes() const {
+    return staging_offset() +
+           std::max(kRowTile * row_length(width), kMaxRows * row_length(gemm.along_width)) * size_of(type);
+  }
 
-  // g and u [., length] of one strip from the gathered rows of x, where there is a place for them by route or by slot, and
-  // h = silu(g) * u where that is wanted.
-  void gate_up(const Worker& worker, int64_t segment, int64_t block, const Strip& next, const Memory& x, std::byte* g, std::byte* u,
-               int64_t length, bool by_slot, const Memory* h) const {
+  // g and u [., length] of one strip from the gathered rows of x, where there is a place for them by route or by slot,
+  // and h = silu(g) * u where that is wanted.
+  void gate_up(const Worker& worker, int64_t segment, int64_t block, const Strip& next, const Memory& x, std::byte* g,
+               std::byte* u, int64_t length, bool by_slot, const Memory* h) const {
     const Segment& s = routing.segments[segment];
     worker.wait_for(gathered[segment], static_cast<int32_t>(s.rows));
     const Strip gate = strip(matrix(segment, kGate), hidden, block, gemm.along_width);
@@ -132,36 +137,43 @@ class Pass {
 
     const bool packed = h && gemm.pack;
     const int64_t h_length = packed ? row_length(gate.count) : row_length(hidden);
-    std::byte* const h_rows = !h ? nullptr : packed ? worker.scratch.data() + staging_offset() : row(*h, s.slot, h_length) + gate.first * size_of(type);
+    std::byte* const h_rows = !h       ? nullptr
+                              : packed ? worker.scratch.data() + staging_offset()
+                                       : row(*h, s.slot, h_length) + gate.first * size_of(type);
     const int64_t pad = packed ? h_length - gate.count : gate.first + gate.count == hidden ? h_length - hidden : 0;
     for (int64_t r = 0; r < s.rows; ++r) {
       const size_t kept = static_cast<size_t>(((by_slot ? s.slot : s.first) + r) * length + gate.first) * size_of(type);
       elementwise.swiglu(cg + r * ldc, cu + r * ldc, gate.count, pad, g ? g + kept : nullptr, g ? u + kept : nullptr,
                          h ? h_rows + r * h_length * size_of(type) : nullptr, type);
     }
-    if (packed) gemm.pack(h_rows, h_length, s.rows, 0, s.rows, gate.first, gate.count, row(*h, s.slot, row_length(hidden)));
+    if (packed)
+      gemm.pack(h_rows, h_length, s.rows, 0, s.rows, gate.first, gate.count, row(*h, s.slot, row_length(hidden)));
   }
   void multiply_along(const Product& product) const { gemm.along[static_cast<int>(store.format)](product); }
   void multiply_across(const Product& product) const { gemm.across[static_cast<int>(store.format)](product); }
 
-  // Adds C, scaled per route, to the fp32 sums of its tokens when the strip's turn comes. The first in turn clears the strip,
-  // the last rounds it into a bf16 output.
-  void hand_off(const Worker& worker, Counter& turn, int64_t segment, int64_t first, int64_t count, const float* c, int64_t ldc,
-                const float* scales, void* output) const {
+  // Adds C, scaled per route, to the fp32 sums of its tokens when the strip's turn comes. The first in turn clears the
+  // strip, the last rounds it into a bf16 output.
+  void hand_off(const Worker& worker, Counter& turn, int64_t segment, int64_t first, int64_t count, const float* c,
+                int64_t ldc, const float* scales, void* output) const {
     worker.wait_for(turn, static_cast<int32_t>(segment));
-    float* const sums = call.dtype == Dtype::kFp32 ? static_cast<float*>(output) : reinterpret_cast<float*>(space.sums.data());
+    float* const sums =
+        call.dtype == Dtype::kFp32 ? static_cast<float*>(output) : reinterpret_cast<float*>(space.sums.data());
     if (segment == 0)
       for (int64_t t = 0; t < call.tokens; ++t) std::fill_n(sums + t * width + first, count, 0.0f);
     const Segment& s = routing.segments[segment];
     for (int64_t r = 0; r < s.rows; ++r)
-      elementwise.add_scaled(scales ? scales[routing.place[s.first + r]] : 1.0f, c + r * ldc, sums + routing.token[s.first + r] * width + first, count);
+      elementwise.add_scaled(scales ? scales[routing.place[s.first + r]] : 1.0f, c + r * ldc,
+                             sums + routing.token[s.first + r] * width + first, count);
     if (segment == segments - 1 && call.dtype == Dtype::kBf16)
       for (int64_t t = 0; t < call.tokens; ++t)
-        elementwise.convert(sums + t * width + first, Dtype::kFp32, static_cast<uint16_t*>(output) + t * width + first, Dtype::kBf16, count, 0);
+        elementwise.convert(sums + t * width + first, Dtype::kFp32, static_cast<uint16_t*>(output) + t * width + first,
+                            Dtype::kBf16, count, 0);
     turn.store(static_cast<int32_t>(segment + 1), std::memory_order_release);
   }
 
-  // Runs task(worker, t, t_next) for t in [0, tasks), each thread claiming one task ahead so that it can prefetch for it.
+  // Runs task(worker, t, t_next) for t in [0, tasks), each thread claiming one task ahead so that it can prefetch for
+  // it.
   template <class Task>
   void sequence(Turn& turn, int64_t tasks, Task task) const {
     std::atomic<int64_t> next{0};
@@ -232,9 +244,11 @@ class Forward : Pass {
   // The strip that product task t reads first, for prefetching.
   Strip first_strip(int64_t t) const {
     if (t < 0) return {};
-    if (t < segments * hidden_strips) return strip(matrix(t / hidden_strips, kGate), hidden, t % hidden_strips, gemm.along_width);
+    if (t < segments * hidden_strips)
+      return strip(matrix(t / hidden_strips, kGate), hidden, t % hidden_strips, gemm.along_width);
     t -= segments * hidden_strips;
-    if (t < segments * width_strips) return strip(matrix(t / width_strips, kDown), width, t % width_strips, gemm.along_width);
+    if (t < segments * width_strips)
+      return strip(matrix(t / width_strips, kDown), width, t % width_strips, gemm.along_width);
     return {};
   }
 
@@ -244,7 +258,8 @@ class Forward : Pass {
     const Strip w = strip(matrix(segment, kDown), width, block, gemm.along_width);
     const int64_t length = row_length(hidden), ldc = round_up(w.count, kLine);
     float* const c = results(worker, 0);
-    multiply_along({row(space.more_rows, s.slot, length), length, s.rows, w, next, c, ldc, false, worker.scratch.data()});
+    multiply_along(
+        {row(space.more_rows, s.slot, length), length, s.rows, w, next, c, ldc, false, worker.scratch.data()});
     hand_off(worker, turns[block], segment, w.first, w.count, c, ldc, call.gate, y);
   }
 
@@ -277,7 +292,9 @@ class Backward : Pass {
       sequence(turn, gathers + tasks, [&](Worker& worker, int64_t t, int64_t after) {
         if (t < gathers) return gather(worker, call.x, space.more_rows, t, true);
         const int64_t task = t - gathers, later = after - gathers;
-        const Strip next = later < tasks ? strip(matrix(later / along_strips, kGate), hidden, later % along_strips, gemm.along_width) : Strip{};
+        const Strip next =
+            later < tasks ? strip(matrix(later / along_strips, kGate), hidden, later % along_strips, gemm.along_width)
+                          : Strip{};
         gate_up(worker, task / along_strips, task % along_strips, next, space.more_rows, g, u, length, true, nullptr);
       });
       space.gathered.reset(segments);
@@ -292,7 +309,8 @@ class Backward : Pass {
         inner(worker, segment, (t - up_to_gather) % hidden_strips, next, kept, g, u, length);
         ready[segment].fetch_add(1, std::memory_order_release);
       } else {
-        outer(worker, (t - up_to_inner) / width_strips, (t - up_to_inner) % width_strips, next, g, u, length, dx, dgate);
+        outer(worker, (t - up_to_inner) / width_strips, (t - up_to_inner) % width_strips, next, g, u, length, dx,
+              dgate);
       }
     });
   }
@@ -300,37 +318,43 @@ class Backward : Pass {
  private:
   Strip first_strip(int64_t t) const {
     if (t < 0) return {};
-    if (t < segments * hidden_strips) return strip(matrix(t / hidden_strips, kDown), hidden, t % hidden_strips, gemm.across_width);
+    if (t < segments * hidden_strips)
+      return strip(matrix(t / hidden_strips, kDown), hidden, t % hidden_strips, gemm.across_width);
     t -= segments * hidden_strips;
-    if (t < segments * width_strips) return strip(matrix(t / width_strips, kGate), width, t % width_strips, gemm.across_width);
+    if (t < segments * width_strips)
+      return strip(matrix(t / width_strips, kGate), width, t % width_strips, gemm.across_width);
     return {};
   }
 
   // dg and du of one strip, and its part of dgate = dot(W_down^T dy, silu(g) * u)
-  void inner(const Worker& worker, int64_t segment, int64_t block, const Strip& next, const std::byte* kept, std::byte* g, std::byte* u,
-             int64_t length) const {
+  void inner(const Worker& worker, int64_t segment, int64_t block, const Strip& next, const std::byte* kept,
+             std::byte* g, std::byte* u, int64_t length) const {
     const Segment& s = routing.segments[segment];
     worker.wait_for(gathered[segment], static_cast<int32_t>(s.rows));
     const Strip w = strip(matrix(segment, kDown), hidden, block, gemm.across_width);
     const int64_t ldc = round_up(w.count, kLine), size = static_cast<int64_t>(size_of(type));
     float *const c = results(worker, 0), *const partial = reinterpret_cast<float*>(space.partial.data());
-    multiply_across({row(space.rows, s.slot, row_length(width)), row_length(width), s.rows, w, next, c, ldc, false, worker.scratch.data()});
+    multiply_across({row(space.rows, s.slot, row_length(width)), row_length(width), s.rows, w, next, c, ldc, false,
+                     worker.scratch.data()});
     const int64_t pad = w.first + w.count == hidden ? length - hidden : 0;
     for (int64_t r = 0; r < s.rows; ++r) {
       const int64_t route = s.first + r;
-      std::byte *const gr = g + ((s.slot + r) * length + w.first) * size, *const ur = u + ((s.slot + r) * length + w.first) * size;
+      std::byte *const gr = g + ((s.slot + r) * length + w.first) * size, *const ur =
+                                                                              u +
+                                                                              ((s.slot + r) * length + w.first) * size;
       if (kept) {
         const std::byte* const from = kept + (route * hidden + w.first) * size;
         elementwise.convert(from, type, gr, type, w.count, 0);
         elementwise.convert(from + routing.routes() * hidden * size, type, ur, type, w.count, 0);
       }
-      partial[route * hidden_strips + block] = elementwise.swiglu_backward(c + r * ldc, call.gate[routing.place[route]], w.count, pad, gr, ur, type);
+      partial[route * hidden_strips + block] =
+          elementwise.swiglu_backward(c + r * ldc, call.gate[routing.place[route]], w.count, pad, gr, ur, type);
     }
   }
 
   // dx of one strip: dg W_gate + du W_up; the first strip of a segment also sums its dgate
-  void outer(const Worker& worker, int64_t segment, int64_t block, const Strip& next, const std::byte* g, const std::byte* u, int64_t length,
-             void* dx, float* dgate) const {
+  void outer(const Worker& worker, int64_t segment, int64_t block, const Strip& next, const std::byte* g,
+             const std::byte* u, int64_t length, void* dx, float* dgate) const {
     const Segment& s = routing.segments[segment];
     worker.wait_for(ready[segment], static_cast<int32_t>(hidden_strips));
     if (block == 0) {
@@ -357,12 +381,15 @@ class Backward : Pass {
 std::shared_ptr<const Store> open(const Call& call) {
   std::shared_ptr<const Store> store = find_store(call.store);
   if (call.layer < 0 || call.layer >= store->layers)
-    throw std::invalid_argument(text("expert store ", call.store, ": layer ", call.layer, " is not in 0..", store->layers - 1));
+    throw std::invalid_argument(
+        text("expert store ", call.store, ": layer ", call.layer, " is not in 0..", store->layers - 1));
   store->check_layer(static_cast<int>(call.layer));
   if (call.width != store->width)
-    throw std::invalid_argument(text("expert store ", call.store, ": rows have ", call.width, " numbers, its experts take ", store->width));
+    throw std::invalid_argument(
+        text("expert store ", call.store, ": rows have ", call.width, " numbers, its experts take ", store->width));
   if (call.tokens > INT32_MAX || call.tokens * call.per_token > INT32_MAX)
-    throw std::invalid_argument(text("expert store ", call.store, ": ", call.tokens, " tokens are too many for one call"));
+    throw std::invalid_argument(
+        text("expert store ", call.store, ": ", call.tokens, " tokens are too many for one call"));
   return store;
 }
 
@@ -370,7 +397,9 @@ std::shared_ptr<const Store> open(const Call& call) {
 class Clock {
  public:
   explicit Clock(std::atomic<int64_t>& total) : total_(total) {}
-  ~Clock() { total_ += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin_).count(); }
+  ~Clock() {
+    total_ += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin_).count();
+  }
 
  private:
   std::atomic<int64_t>& total_;
@@ -378,11 +407,14 @@ class Clock {
 };
 
 StashKey key_of(const Call& call, const Store& store, const Routing& routing) {
-  return {store.id, static_cast<int>(call.layer), call.tokens, call.per_token, routing.routes(), hash_idx(call.idx, call.tokens * call.per_token)};
+  return {store.id,         static_cast<int>(call.layer),
+          call.tokens,      call.per_token,
+          routing.routes(), hash_idx(call.idx, call.tokens * call.per_token)};
 }
 
 size_t kept_bytes(const Store& store, const Routing& routing) {
-  return 2 * static_cast<size_t>(routing.routes() * store.hidden) * size_of(kOperandType[static_cast<int>(store.format)]);
+  return 2 * static_cast<size_t>(routing.routes() * store.hidden) *
+         size_of(kOperandType[static_cast<int>(store.format)]);
 }
 
 }  // namespace
@@ -400,7 +432,8 @@ int32_t experts_forward(const Call& call, bool keep, void* y) {
   std::optional<Activations> kept;
   if (keep) kept = stash_room(kept_bytes(*store, space.routing));
   if (space.routing.segments.empty()) {
-    std::fill_n(static_cast<std::byte*>(y), static_cast<size_t>(call.tokens * call.width) * size_of(call.dtype), std::byte{0});
+    std::fill_n(static_cast<std::byte*>(y), static_cast<size_t>(call.tokens * call.width) * size_of(call.dtype),
+                std::byte{0});
   } else {
     Forward(call, *store, kernels, space)(turn, kept ? kept->memory.data() : nullptr, y);
   }
@@ -421,7 +454,8 @@ void experts_backward(const Call& call, int32_t slip, const void* dy, void* dx, 
   std::optional<Activations> kept = stash_take(slip, key_of(call, *store, space.routing));
   if (!kept) ++store->stats.recomputed;
   if (space.routing.segments.empty()) {
-    std::fill_n(static_cast<std::byte*>(dx), static_cast<size_t>(call.tokens * call.width) * size_of(call.dtype), std::byte{0});
+    std::fill_n(static_cast<std::byte*>(dx), static_cast<size_t>(call.tokens * call.width) * size_of(call.dtype),
+                std::byte{0});
     std::fill_n(dgate, call.tokens * call.per_token, 0.0f);
     return;
   }

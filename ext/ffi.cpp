@@ -13,11 +13,16 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-[[noreturn]] void refuse(const char* name, const char* wanted) { throw std::invalid_argument(text("kjax experts: ", name, " must be ", wanted)); }
+[[noreturn]] void refuse(const char* name, const char* wanted) {
+  throw std::invalid_argument(text("kjax experts: ", name, " must be ", wanted));
+}
 
-void check(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType type, std::initializer_list<int64_t> shape, const char* wanted) {
+void check(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType type, std::initializer_list<int64_t> shape,
+           const char* wanted) {
   const auto dims = buffer.dimensions();
-  if (buffer.element_type() != type || dims.size() != shape.size() || !std::equal(shape.begin(), shape.end(), dims.begin())) refuse(name, wanted);
+  if (buffer.element_type() != type || dims.size() != shape.size() ||
+      !std::equal(shape.begin(), shape.end(), dims.begin()))
+    refuse(name, wanted);
 }
 
 int32_t scalar(const char* name, const ffi::AnyBuffer& buffer) {
@@ -25,15 +30,23 @@ int32_t scalar(const char* name, const ffi::AnyBuffer& buffer) {
   return *buffer.typed_data<int32_t>();
 }
 
-Call make_call(int64_t store, const ffi::AnyBuffer& layer, const ffi::AnyBuffer& x, const ffi::AnyBuffer& idx, const ffi::AnyBuffer& gate) {
+Call make_call(int64_t store, const ffi::AnyBuffer& layer, const ffi::AnyBuffer& x, const ffi::AnyBuffer& idx,
+               const ffi::AnyBuffer& gate) {
   const auto rows = x.dimensions(), routes = idx.dimensions();
   const ffi::DataType type = x.element_type();
   if (rows.size() != 2 || (type != ffi::BF16 && type != ffi::F32)) refuse("x", "bfloat16 or float32 [N, D]");
   if (routes.size() != 2) refuse("idx", "int32 [N, K] with x's N");
   check("idx", idx, ffi::S32, {rows[0], routes[1]}, "int32 [N, K] with x's N");
   check("gate", gate, ffi::F32, {rows[0], routes[1]}, "float32 with idx's shape");
-  return {store, scalar("layer", layer), rows[0], rows[1], routes[1], type == ffi::F32 ? Dtype::kFp32 : Dtype::kBf16,
-          x.untyped_data(), idx.typed_data<int32_t>(), gate.typed_data<float>()};
+  return {store,
+          scalar("layer", layer),
+          rows[0],
+          rows[1],
+          routes[1],
+          type == ffi::F32 ? Dtype::kFp32 : Dtype::kBf16,
+          x.untyped_data(),
+          idx.typed_data<int32_t>(),
+          gate.typed_data<float>()};
 }
 
 // Exceptions end here: beyond lies XLA, which knows none.
@@ -53,8 +66,8 @@ ffi::Error guarded(F body) {
   }
 }
 
-ffi::Error forward(int64_t store, int64_t keep, ffi::AnyBuffer layer, ffi::AnyBuffer x, ffi::AnyBuffer idx, ffi::AnyBuffer gate,
-                   ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> slip) {
+ffi::Error forward(int64_t store, int64_t keep, ffi::AnyBuffer layer, ffi::AnyBuffer x, ffi::AnyBuffer idx,
+                   ffi::AnyBuffer gate, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> slip) {
   return guarded([&] {
     const Call call = make_call(store, layer, x, idx, gate);
     check("y", *y, x.element_type(), {call.tokens, call.width}, "like x");
@@ -63,8 +76,9 @@ ffi::Error forward(int64_t store, int64_t keep, ffi::AnyBuffer layer, ffi::AnyBu
   });
 }
 
-ffi::Error backward(int64_t store, ffi::AnyBuffer layer, ffi::AnyBuffer slip, ffi::AnyBuffer x, ffi::AnyBuffer idx, ffi::AnyBuffer gate,
-                    ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dgate) {
+ffi::Error backward(int64_t store, ffi::AnyBuffer layer, ffi::AnyBuffer slip, ffi::AnyBuffer x, ffi::AnyBuffer idx,
+                    ffi::AnyBuffer gate, ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> dx,
+                    ffi::Result<ffi::AnyBuffer> dgate) {
   return guarded([&] {
     const Call call = make_call(store, layer, x, idx, gate);
     check("dy", dy, x.element_type(), {call.tokens, call.width}, "like x");
@@ -78,24 +92,24 @@ XLA_FFI_DEFINE_HANDLER(kForward, forward,
                        ffi::Ffi::Bind()
                            .Attr<int64_t>("store")
                            .Attr<int64_t>("keep")
-                           .Arg<ffi::AnyBuffer>()   // layer
-                           .Arg<ffi::AnyBuffer>()   // x
-                           .Arg<ffi::AnyBuffer>()   // idx
-                           .Arg<ffi::AnyBuffer>()   // gate
-                           .Ret<ffi::AnyBuffer>()   // y
-                           .Ret<ffi::AnyBuffer>()); // slip
+                           .Arg<ffi::AnyBuffer>()    // layer
+                           .Arg<ffi::AnyBuffer>()    // x
+                           .Arg<ffi::AnyBuffer>()    // idx
+                           .Arg<ffi::AnyBuffer>()    // gate
+                           .Ret<ffi::AnyBuffer>()    // y
+                           .Ret<ffi::AnyBuffer>());  // slip
 
 XLA_FFI_DEFINE_HANDLER(kBackward, backward,
                        ffi::Ffi::Bind()
                            .Attr<int64_t>("store")
-                           .Arg<ffi::AnyBuffer>()   // layer
-                           .Arg<ffi::AnyBuffer>()   // slip
-                           .Arg<ffi::AnyBuffer>()   // x
-                           .Arg<ffi::AnyBuffer>()   // idx
-                           .Arg<ffi::AnyBuffer>()   // gate
-                           .Arg<ffi::AnyBuffer>()   // dy
-                           .Ret<ffi::AnyBuffer>()   // dx
-                           .Ret<ffi::AnyBuffer>()); // dgate
+                           .Arg<ffi::AnyBuffer>()    // layer
+                           .Arg<ffi::AnyBuffer>()    // slip
+                           .Arg<ffi::AnyBuffer>()    // x
+                           .Arg<ffi::AnyBuffer>()    // idx
+                           .Arg<ffi::AnyBuffer>()    // gate
+                           .Arg<ffi::AnyBuffer>()    // dy
+                           .Ret<ffi::AnyBuffer>()    // dx
+                           .Ret<ffi::AnyBuffer>());  // dgate
 
 }  // namespace
 

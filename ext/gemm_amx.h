@@ -1,9 +1,11 @@
-// The AMX driver, written against tile.h. Forward: stored rows are the A operand as they are, tokens are B, packed once per
-// segment; backward: operand rows are A as they are, stored rows B, two interleaved. Included inside an unnamed namespace.
+// The AMX driver, written against tile.h. Forward: stored rows are the A operand as they are, tokens are B, packed once
+// per segment; backward: operand rows are A as they are, stored rows B, two interleaved. Included inside an unnamed
+// namespace.
 
-constexpr int64_t kTile = 512;         // bf16 of one operand tile: 16 rows of 32, or 16 pairs of rows of 16
-constexpr int64_t kDepth = 512;        // reduction per block of `along`: 32 stored rows are 32 KB of L1 and met by all tokens
-constexpr int64_t kAcrossDepth = 128;  // rows 4 KB apart share one 32nd of L2: this many, and as many prefetched, take 8 of its 16 ways
+constexpr int64_t kTile = 512;   // bf16 of one operand tile: 16 rows of 32, or 16 pairs of rows of 16
+constexpr int64_t kDepth = 512;  // reduction per block of `along`: 32 stored rows are 32 KB of L1 and met by all tokens
+constexpr int64_t kAcrossDepth =
+    128;  // rows 4 KB apart share one 32nd of L2: this many, and as many prefetched, take 8 of its 16 ways
 constexpr int64_t kSteps = kDepth / 32;
 
 inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -14,15 +16,18 @@ void begin() {
 }
 void end() { tile_release(); }
 
-// Operand rows [count, depth] of a segment of `rows` rows, from its row `first` (a multiple of 16) and column k (of 32) on, into
-// tiles [column block][row block] of [16 pairs][16 rows][2], zeros beyond `count` rows and in the rows' own padding.
-void pack(const void* from, int64_t lda, int64_t count, int64_t first, int64_t rows, int64_t k, int64_t depth, void* packed) {
+// Operand rows [count, depth] of a segment of `rows` rows, from its row `first` (a multiple of 16) and column k (of 32)
+// on, into tiles [column block][row block] of [16 pairs][16 rows][2], zeros beyond `count` rows and in the rows' own
+// padding.
+void pack(const void* from, int64_t lda, int64_t count, int64_t first, int64_t rows, int64_t k, int64_t depth,
+          void* packed) {
   const int64_t across_tiles = blocks_of(rows, 16);
   for (int64_t r = 0; r < count; r += 16)
     for (int64_t i = 0; i < depth; i += 32) {
       __m512i lines[16];
       for (int64_t j = 0; j < 16; ++j)
-        lines[j] = r + j < count ? _mm512_loadu_si512(static_cast<const uint16_t*>(from) + (r + j) * lda + i) : _mm512_setzero_si512();
+        lines[j] = r + j < count ? _mm512_loadu_si512(static_cast<const uint16_t*>(from) + (r + j) * lda + i)
+                                 : _mm512_setzero_si512();
       transpose(lines);
       uint16_t* tile = static_cast<uint16_t*>(packed) + ((k + i) / 32 * across_tiles + (first + r) / 16) * kTile;
       for (int64_t j = 0; j < 16; ++j) _mm512_store_si512(tile + j * 32, lines[j]);
@@ -37,7 +42,8 @@ struct Operand {
 };
 
 // C tiles (0 1 / 2 3) (+)= A tiles 4, 5 x B tiles 6, 7 over `steps` steps
-inline void two_by_two(const Operand (&a)[2], const Operand (&b)[2], int64_t steps, float* const (&c)[4], int64_t stride, bool add, Prefetch& prefetch) {
+inline void two_by_two(const Operand (&a)[2], const Operand (&b)[2], int64_t steps, float* const (&c)[4],
+                       int64_t stride, bool add, Prefetch& prefetch) {
   tile_fence();
   if (add) {
     tile_load(0, c[0], stride);
@@ -70,10 +76,11 @@ inline void two_by_two(const Operand (&a)[2], const Operand (&b)[2], int64_t ste
   tile_store(3, c[3], stride);
 }
 
-// Four stored tiles against one tile of tokens. `tokens_are_a`: C tile j = tokens x stored[j], otherwise stored[j] x tokens.
+// Four stored tiles against one tile of tokens. `tokens_are_a`: C tile j = tokens x stored[j], otherwise stored[j] x
+// tokens.
 template <bool tokens_are_a>
-inline void four_by_one(const Operand (&stored)[4], const Operand& tokens, int64_t steps, float* const (&c)[4], int64_t stride, bool add,
-                        Prefetch& prefetch) {
+inline void four_by_one(const Operand (&stored)[4], const Operand& tokens, int64_t steps, float* const (&c)[4],
+                        int64_t stride, bool add, Prefetch& prefetch) {
   tile_fence();
   if (add) {
     tile_load(0, c[0], stride);
@@ -118,18 +125,21 @@ inline void four_by_one(const Operand (&stored)[4], const Operand& tokens, int64
 }
 constexpr int64_t kTicks = 4;  // per step, in both
 
-// 16 stored rows x depth weights as tiles [depth / 32][16][32] in scratch; rows from `last` on and columns beyond are zeros.
+// 16 stored rows x depth weights as tiles [depth / 32][16][32] in scratch; rows from `last` on and columns beyond are
+// zeros.
 template <Format F>
 void along_tiles(const Matrix& w, int64_t row, int64_t last, int64_t k, int64_t depth, uint16_t* tiles) {
   for (int64_t j = 0; j < 16; ++j)
     for (int64_t i = 0; i < depth; i += 32)
-      _mm512_store_si512(tiles + i * 16 + j * 32, row + j < last ? Decode<F>::load32(w, row + j, k + i, depth - i) : _mm512_setzero_si512());
+      _mm512_store_si512(tiles + i * 16 + j * 32,
+                         row + j < last ? Decode<F>::load32(w, row + j, k + i, depth - i) : _mm512_setzero_si512());
 }
 
 template <Format F>
 void along(const Product& p) {
-  uint16_t* const tiles = reinterpret_cast<uint16_t*>(p.scratch);       // [4][kSteps] stored tiles
-  float* const results = reinterpret_cast<float*>(tiles + 4 * kSteps * kTile);  // [4][token tiles] of [16 stored rows][16 tokens]
+  uint16_t* const tiles = reinterpret_cast<uint16_t*>(p.scratch);  // [4][kSteps] stored tiles
+  float* const results =
+      reinterpret_cast<float*>(tiles + 4 * kSteps * kTile);  // [4][token tiles] of [16 stored rows][16 tokens]
   const Matrix& w = p.strip.matrix;
   const int64_t token_tiles = blocks_of(p.rows, 16), last = p.strip.first + p.strip.count;
   const uint16_t* const tokens = static_cast<const uint16_t*>(p.a);
@@ -150,14 +160,18 @@ void along(const Product& p) {
     const bool more = k + kDepth < w.cols;
     const Strip& s = more ? p.strip : p.next;
     const int64_t from = more ? k + kDepth : 0, n = s.matrix.cols - from < kDepth ? s.matrix.cols - from : kDepth;
-    Prefetch prefetch(byte_at(F, s.matrix, s.first, from), row_bytes(F, s.matrix.cols), bytes_of(F, n), s.count, token_tiles * steps * kTicks);
-    const auto token = [&](int64_t t) { return Operand{tokens + (k / 32 * token_tiles + t) * kTile, 64, token_tiles * kTile * 2}; };
+    Prefetch prefetch(byte_at(F, s.matrix, s.first, from), row_bytes(F, s.matrix.cols), bytes_of(F, n), s.count,
+                      token_tiles * steps * kTicks);
+    const auto token = [&](int64_t t) {
+      return Operand{tokens + (k / 32 * token_tiles + t) * kTile, 64, token_tiles * kTile * 2};
+    };
     for (int64_t t = 0; t + 1 < token_tiles; t += 2)
       for (int64_t j = 0; j < 4; j += 2)
         two_by_two({stored[j], stored[j + 1]}, {token(t), token(t + 1)}, steps,
                    {result(j, t), result(j, t + 1), result(j + 1, t), result(j + 1, t + 1)}, 64, k > 0, prefetch);
     if (const int64_t t = token_tiles - 1; token_tiles % 2)
-      four_by_one<false>(stored, token(t), steps, {result(0, t), result(1, t), result(2, t), result(3, t)}, 64, k > 0, prefetch);
+      four_by_one<false>(stored, token(t), steps, {result(0, t), result(1, t), result(2, t), result(3, t)}, 64, k > 0,
+                         prefetch);
   }
   tile_fence();
   for (int64_t j = 0; j < 4; ++j)
@@ -179,25 +193,32 @@ void across(const Product& p) {
   const Matrix& w = p.strip.matrix;
   const int64_t token_tiles = blocks_of(p.rows, 16), lines = blocks_of(p.strip.count, kLine);
   for (int64_t k = 0; k < w.rows; k += kAcrossDepth) {
-    const int64_t depth = w.rows - k < kAcrossDepth ? w.rows - k : kAcrossDepth, steps = blocks_of(depth, 32), pairs = steps * 16;
+    const int64_t depth = w.rows - k < kAcrossDepth ? w.rows - k : kAcrossDepth, steps = blocks_of(depth, 32),
+                  pairs = steps * 16;
     across_panel<F>(w, k, depth, p.strip.first, p.strip.count, panel, pairs);
     const bool more = k + kAcrossDepth < w.rows;
     const Strip& s = more ? p.strip : p.next;
-    const int64_t from = more ? k + kAcrossDepth : 0, n = s.matrix.rows - from < kAcrossDepth ? s.matrix.rows - from : kAcrossDepth;
+    const int64_t from = more ? k + kAcrossDepth : 0,
+                  n = s.matrix.rows - from < kAcrossDepth ? s.matrix.rows - from : kAcrossDepth;
     Prefetch prefetch(byte_at(F, s.matrix, from, s.first), row_bytes(F, s.matrix.cols), bytes_of(F, s.count), n,
                       token_tiles * lines * steps * kTicks);
     const bool add = p.add || k > 0;
-    const auto token = [&](int64_t t) { return Operand{static_cast<const uint16_t*>(p.a) + t * 16 * p.lda + k, p.lda * 2, 64}; };
+    const auto token = [&](int64_t t) {
+      return Operand{static_cast<const uint16_t*>(p.a) + t * 16 * p.lda + k, p.lda * 2, 64};
+    };
     for (int64_t line = 0; line < lines; ++line) {
       Operand stored[4];
-      for (int64_t j = 0; j < 4; ++j) stored[j] = {panel + line * pairs * kLine * 2 + j * 32, kLine * 4, 16 * kLine * 4};
+      for (int64_t j = 0; j < 4; ++j)
+        stored[j] = {panel + line * pairs * kLine * 2 + j * 32, kLine * 4, 16 * kLine * 4};
       const auto result = [&](int64_t t, int64_t j) { return p.c + t * 16 * p.ldc + line * kLine + j * 16; };
       for (int64_t j = 0; j < 4; j += 2)
         for (int64_t t = 0; t + 1 < token_tiles; t += 2)
           two_by_two({token(t), token(t + 1)}, {stored[j], stored[j + 1]}, steps,
-                     {result(t, j), result(t, j + 1), result(t + 1, j), result(t + 1, j + 1)}, p.ldc * 4, add, prefetch);
+                     {result(t, j), result(t, j + 1), result(t + 1, j), result(t + 1, j + 1)}, p.ldc * 4, add,
+                     prefetch);
       if (const int64_t t = token_tiles - 1; token_tiles % 2)
-        four_by_one<true>(stored, token(t), steps, {result(t, 0), result(t, 1), result(t, 2), result(t, 3)}, p.ldc * 4, add, prefetch);
+        four_by_one<true>(stored, token(t), steps, {result(t, 0), result(t, 1), result(t, 2), result(t, 3)}, p.ldc * 4,
+                          add, prefetch);
     }
   }
   tile_fence();

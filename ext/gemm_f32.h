@@ -1,5 +1,5 @@
-// Products with fp32 operands in registers, written against the vector type V of the including file (kRows x kVectors tiles).
-// Operands and weights of any format are widened to float blocks in scratch; bf16 products in fp32 are exact.
+// Products with fp32 operands in registers, written against the vector type V of the including file (kRows x kVectors
+// tiles). Operands and weights of any format are widened to float blocks in scratch; bf16 products in fp32 are exact.
 // Included inside an unnamed namespace by each float kernel file.
 
 inline Dtype operand_type(Format format) { return kOperandType[static_cast<int>(format)]; }
@@ -11,11 +11,13 @@ constexpr int64_t kChunk = 16 * kRows;            // rows of A widened at once: 
 constexpr int64_t kFewRows = 8;
 
 inline void widen(const void* a, Format format, int64_t at, int64_t n, float* out) {
-  convert(static_cast<const uint8_t*>(a) + at * number_size(operand_type(format)), operand_type(format), out, Dtype::kFp32, n, 0);
+  convert(static_cast<const uint8_t*>(a) + at * number_size(operand_type(format)), operand_type(format), out,
+          Dtype::kFp32, n, 0);
 }
 
 // A [rows, depth] -> tiles of [depth][kRows]
-inline void pack_rows(const Product& p, Format format, int64_t row, int64_t rows, int64_t k, int64_t depth, float* line, float* out) {
+inline void pack_rows(const Product& p, Format format, int64_t row, int64_t rows, int64_t k, int64_t depth, float* line,
+                      float* out) {
   for (int64_t r = 0; r < rows; ++r) {
     widen(p.a, format, (row + r) * p.lda + k, depth, line);
     float* tile = out + r / kRows * kRows * depth + r % kRows;
@@ -49,14 +51,21 @@ void tile(const float* a, const float* panel, int64_t depth, float* c, int64_t l
     for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
 }
 
-void any_tile(int64_t rows, const float* a, const float* panel, int64_t depth, float* c, int64_t ldc, bool add, Prefetch& prefetch) {
+void any_tile(int64_t rows, const float* a, const float* panel, int64_t depth, float* c, int64_t ldc, bool add,
+              Prefetch& prefetch) {
   switch (rows) {
-    case 1: return tile<1>(a, panel, depth, c, ldc, add, prefetch);
-    case 2: return tile<2>(a, panel, depth, c, ldc, add, prefetch);
-    case 3: return tile<3>(a, panel, depth, c, ldc, add, prefetch);
-    case 4: return tile<4>(a, panel, depth, c, ldc, add, prefetch);
-    case 5: return tile<5>(a, panel, depth, c, ldc, add, prefetch);
-    default: return tile<kRows>(a, panel, depth, c, ldc, add, prefetch);
+    case 1:
+      return tile<1>(a, panel, depth, c, ldc, add, prefetch);
+    case 2:
+      return tile<2>(a, panel, depth, c, ldc, add, prefetch);
+    case 3:
+      return tile<3>(a, panel, depth, c, ldc, add, prefetch);
+    case 4:
+      return tile<4>(a, panel, depth, c, ldc, add, prefetch);
+    case 5:
+      return tile<5>(a, panel, depth, c, ldc, add, prefetch);
+    default:
+      return tile<kRows>(a, panel, depth, c, ldc, add, prefetch);
   }
 }
 
@@ -83,7 +92,8 @@ int64_t panel_steps(const Product& p, int64_t depth) {
 }
 
 // kLanes stored rows from `row` (those past `last` as zeros), `depth` weights from k -> columns `at..` of the panel
-void transpose_block(Format format, const Matrix& w, int64_t row, int64_t last, int64_t k, int64_t depth, float* line, float* panel) {
+void transpose_block(Format format, const Matrix& w, int64_t row, int64_t last, int64_t k, int64_t depth, float* line,
+                     float* panel) {
   V block[kLanes];
   for (int64_t r = 0; r < kLanes; ++r) {
     float* out = line + r * kDepth;
@@ -125,8 +135,8 @@ void dot(const float* const* a, const float* const* w, int64_t n, float* c, int6
 // Few operand rows: blocks of kFewDepth weights of 4 stored rows are widened in L1 and used at once.
 constexpr int64_t kFewDepth = 1024;
 void along_few(const Product& p, Format format) {
-  float* const a = reinterpret_cast<float*>(p.scratch);       // [kFewRows][kFewDepth]
-  float* const w = a + kFewRows * kFewDepth;                  // [4][kFewDepth]
+  float* const a = reinterpret_cast<float*>(p.scratch);  // [kFewRows][kFewDepth]
+  float* const w = a + kFewRows * kFewDepth;             // [4][kFewDepth]
   const float *x[4], *y[2];
   const int64_t k_end = p.strip.matrix.cols;
   for (int64_t k = 0; k < k_end; k += kFewDepth) {
@@ -137,7 +147,8 @@ void along_few(const Product& p, Format format) {
     }
     for (int64_t c = 0; c < p.strip.count; c += 4) {
       const int64_t ahead = p.strip.count - c - 4 < 4 ? p.strip.count - c - 4 : 4;
-      Prefetch prefetch(byte_at(format, p.strip.matrix, p.strip.first + c + 4, k), row_bytes(format, k_end), bytes_of(format, depth), ahead, (p.rows + 1) / 2 * (whole / kLanes));
+      Prefetch prefetch(byte_at(format, p.strip.matrix, p.strip.first + c + 4, k), row_bytes(format, k_end),
+                        bytes_of(format, depth), ahead, (p.rows + 1) / 2 * (whole / kLanes));
       for (int64_t j = 0; j < 4; ++j) {
         const int64_t row = c + j < p.strip.count ? c + j : p.strip.count - 1;  // a repeated row fills up the last four
         decode_row(format, p.strip.matrix, p.strip.first + row, k, depth, w + j * kFewDepth);
@@ -163,11 +174,13 @@ void along(const Product& p) {
   for (int64_t k = 0; k < w.cols; k += kDepth) {
     const int64_t depth = w.cols - k < kDepth ? w.cols - k : kDepth, last = p.strip.first + p.strip.count;
     for (int64_t c = 0; c < (p.strip.count + kTileCols - 1) / kTileCols * kTileCols; c += kLanes)
-      transpose_block(F, w, p.strip.first + c, last, k, depth, s.rows, s.panel + c / kTileCols * kTileCols * depth + c % kTileCols);
+      transpose_block(F, w, p.strip.first + c, last, k, depth, s.rows,
+                      s.panel + c / kTileCols * kTileCols * depth + c % kTileCols);
     const bool more = k + kDepth < w.cols;
     const Strip& next = more ? p.strip : p.next;
     const int64_t from = more ? k + kDepth : 0, n = next.matrix.cols - from < kDepth ? next.matrix.cols - from : kDepth;
-    Prefetch prefetch(byte_at(F, next.matrix, next.first, from), row_bytes(F, next.matrix.cols), bytes_of(F, n), next.count, panel_steps(p, depth));
+    Prefetch prefetch(byte_at(F, next.matrix, next.first, from), row_bytes(F, next.matrix.cols), bytes_of(F, n),
+                      next.count, panel_steps(p, depth));
     multiply_panels(p, F, s, k, depth, prefetch);
   }
 }
@@ -189,10 +202,12 @@ void across(const Product& p) {
     const bool more = k + kDepth < w.rows;
     const Strip& next = more ? p.strip : p.next;
     const int64_t from = more ? k + kDepth : 0, n = next.matrix.rows - from < kDepth ? next.matrix.rows - from : kDepth;
-    Prefetch prefetch(byte_at(F, next.matrix, from, next.first), row_bytes(F, next.matrix.cols), bytes_of(F, next.count), n, panel_steps(p, depth));
+    Prefetch prefetch(byte_at(F, next.matrix, from, next.first), row_bytes(F, next.matrix.cols),
+                      bytes_of(F, next.count), n, panel_steps(p, depth));
     multiply_panels(p, F, s, k, depth, prefetch);
   }
 }
 
-#define KJAX_FORMATS(f) \
-  {f<Format::kBf16>, f<Format::kFp32>, f<Format::kFp8Block>, f<Format::kFp8Channel>, f<Format::kInt4Group32>, f<Format::kInt8Group128>}
+#define KJAX_FORMATS(f)                                                   \
+  {f<Format::kBf16>,       f<Format::kFp32>,        f<Format::kFp8Block>, \
+   f<Format::kFp8Channel>, f<Format::kInt4Group32>, f<Format::kInt8Group128>}

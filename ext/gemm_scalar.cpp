@@ -15,23 +15,45 @@ inline V map(Op op) {
   for (int i = 0; i < kLanes; ++i) out.lane[i] = op(i);
   return out;
 }
-inline V set1(float x) { return map([&](int) { return x; }); }
-inline V load(const float* p) { return map([&](int i) { return p[i]; }); }
-inline V load_n(const float* p, int64_t n) { return map([&](int i) { return i < n ? p[i] : 0.0f; }); }
+inline V set1(float x) {
+  return map([&](int) { return x; });
+}
+inline V load(const float* p) {
+  return map([&](int i) { return p[i]; });
+}
+inline V load_n(const float* p, int64_t n) {
+  return map([&](int i) { return i < n ? p[i] : 0.0f; });
+}
 inline void store_n(float* p, V v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = v.lane[i];
 }
 inline void store(float* p, V v) { store_n(p, v, kLanes); }
-inline V add(V a, V b) { return map([&](int i) { return a.lane[i] + b.lane[i]; }); }
-inline V sub(V a, V b) { return map([&](int i) { return a.lane[i] - b.lane[i]; }); }
-inline V mul(V a, V b) { return map([&](int i) { return a.lane[i] * b.lane[i]; }); }
-inline V div(V a, V b) { return map([&](int i) { return a.lane[i] / b.lane[i]; }); }
-inline V fma(V a, V b, V c) { return map([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; }); }
-inline V min_v(V a, V b) { return map([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; }); }
-inline V max_v(V a, V b) { return map([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
+inline V add(V a, V b) {
+  return map([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline V sub(V a, V b) {
+  return map([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline V mul(V a, V b) {
+  return map([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+inline V div(V a, V b) {
+  return map([&](int i) { return a.lane[i] / b.lane[i]; });
+}
+inline V fma(V a, V b, V c) {
+  return map([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
+inline V min_v(V a, V b) {
+  return map([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline V max_v(V a, V b) {
+  return map([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
 inline float sum(V v) { return (v.lane[0] + v.lane[2]) + (v.lane[1] + v.lane[3]); }
 // Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds to nearest even (|x| < 2^22 here).
-inline V round_v(V v) { return map([&](int i) { return (v.lane[i] + 12582912.0f) - 12582912.0f; }); }
+inline V round_v(V v) {
+  return map([&](int i) { return (v.lane[i] + 12582912.0f) - 12582912.0f; });
+}
 inline V scale_by_power_of_two(V v, V n) {
   return map([&](int i) {
     const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.lane[i]) + 127) << 23;
@@ -51,7 +73,9 @@ inline void transpose(V (&b)[kLanes]) {
 
 #include "decode_scalar.h"
 
-inline V load_bf16_n(const uint16_t* p, int64_t n) { return map([&](int i) { return i < n ? bf16_to_float(p[i]) : 0.0f; }); }
+inline V load_bf16_n(const uint16_t* p, int64_t n) {
+  return map([&](int i) { return i < n ? bf16_to_float(p[i]) : 0.0f; });
+}
 inline V load_bf16(const uint16_t* p) { return load_bf16_n(p, kLanes); }
 inline void store_bf16_n(uint16_t* p, V v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = float_to_bf16(v.lane[i]);

@@ -1,4 +1,5 @@
-// What a kernel file provides: plain function pointers over raw memory, the only things that cross from one ISA to another.
+// What a kernel file provides: plain function pointers over raw memory, the only things that cross from one ISA to
+// another.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -8,24 +9,26 @@ namespace kjax {
 // How the checkpoint stores a projection. The order is that of the tables below, of kFormatInfo and of every Gemm.
 //   fp8_block    e4m3, one fp32 scale per block of 128 x 128 weights (DeepSeek-V3's weight_scale_inv)
 //   fp8_channel  e4m3, one fp32 scale per stored row
-//   int4_group32 8 weights + 8 per int32, the first in the low bits, one bf16 scale per 32 of a row (compressed-tensors)
-//   int8_group128  int8, one bf16 scale per 128 of a row
+//   int4_group32 8 weights + 8 per int32, the first in the low bits, one bf16 scale per 32 of a row
+//   (compressed-tensors) int8_group128  int8, one bf16 scale per 128 of a row
 // A quantised weight is bf16(scale * code), as in a checkpoint dequantised to bf16.
 enum class Format : int { kBf16, kFp32, kFp8Block, kFp8Channel, kInt4Group32, kInt8Group128 };
 constexpr int kFormats = 6;
 
 // Type of operands and stored activations: a fp32 store multiplies in fp32, every other one rounds operands to bf16.
 enum class Dtype : int { kBf16, kFp32 };
-constexpr Dtype kOperandType[kFormats] = {Dtype::kBf16, Dtype::kFp32, Dtype::kBf16, Dtype::kBf16, Dtype::kBf16, Dtype::kBf16};
+constexpr Dtype kOperandType[kFormats] = {Dtype::kBf16, Dtype::kFp32, Dtype::kBf16,
+                                          Dtype::kBf16, Dtype::kBf16, Dtype::kBf16};
 constexpr int kBits[kFormats] = {16, 32, 8, 8, 4, 8};  // per stored weight, scales aside
 
-// The block of weights that shares a scale, and the scale's size; no bytes: no scales. Scales lie row-major by blocks, partial
-// blocks at the ends counting whole.
+// The block of weights that shares a scale, and the scale's size; no bytes: no scales. Scales lie row-major by blocks,
+// partial blocks at the ends counting whole.
 struct ScaleBlock {
   int64_t rows, cols, bytes;
 };
 constexpr int64_t kWholeRow = int64_t{1} << 40;
-constexpr ScaleBlock kScaleBlock[kFormats] = {{1, 1, 0}, {1, 1, 0}, {128, 128, 4}, {1, kWholeRow, 4}, {1, 32, 2}, {1, 128, 2}};
+constexpr ScaleBlock kScaleBlock[kFormats] = {{1, 1, 0},         {1, 1, 0},  {128, 128, 4},
+                                              {1, kWholeRow, 4}, {1, 32, 2}, {1, 128, 2}};
 
 // One stored projection of one expert, row-major as in the checkpoint.
 struct Matrix {
@@ -46,7 +49,8 @@ constexpr int64_t kLine = 64;
 constexpr int64_t kRowTile = 32;
 // Operand rows are zero from their length to a multiple of kPad columns.
 constexpr int64_t kPad = 32;
-// Rows of C per product: its 512 x 256 floats stay in L2, and decoding a strip again for each group costs 1/512 of its product.
+// Rows of C per product: its 512 x 256 floats stay in L2, and decoding a strip again for each group costs 1/512 of its
+// product.
 constexpr int64_t kMaxRows = 512;
 
 // along : C[m, n] (+)= sum_k A[m, k] * W[first + n, k]     reduction along the stored row     (forward)
@@ -56,8 +60,9 @@ struct Product {
   int64_t lda;
   int64_t rows;
   Strip strip;
-  Strip next;  // what this thread reads afterwards in the same direction, to be prefetched; next.matrix.data may be null
-  float* c;    // [rows, ldc]; columns up to the next multiple of kLine may be overwritten
+  Strip
+      next;  // what this thread reads afterwards in the same direction, to be prefetched; next.matrix.data may be null
+  float* c;  // [rows, ldc]; columns up to the next multiple of kLine may be overwritten
   int64_t ldc;
   bool add;            // add to C instead of overwriting it
   std::byte* scratch;  // this thread's, kScratch bytes, aligned to 64
@@ -73,7 +78,8 @@ struct Gemm {
   Multiply across[kFormats];
   // Null, or the layout in which `along` takes a segment's operand rows, padded to whole tiles of 16 rows: packs rows
   // [first, first + count), first a multiple of 16, and columns [k, k + depth), k of 32, of a segment of `rows` rows.
-  void (*pack)(const void* from, int64_t lda, int64_t count, int64_t first, int64_t rows, int64_t k, int64_t depth, void* packed);
+  void (*pack)(const void* from, int64_t lda, int64_t count, int64_t first, int64_t rows, int64_t k, int64_t depth,
+               void* packed);
   // Null, or what a thread does before its first and after its last product of a job.
   void (*begin)();
   void (*end)();
@@ -83,7 +89,8 @@ struct Gemm {
 struct Elementwise {
   void (*convert)(const void* from, Dtype from_type, void* to, Dtype to_type, int64_t n, int64_t pad);
   // h = silu(g) * u; g and u are also stored when `saved_g` is not null.
-  void (*swiglu)(const float* g, const float* u, int64_t n, int64_t pad, void* saved_g, void* saved_u, void* h, Dtype type);
+  void (*swiglu)(const float* g, const float* u, int64_t n, int64_t pad, void* saved_g, void* saved_u, void* h,
+                 Dtype type);
   // a = W_down^T dy. In place g -> dg, u -> du, for the output scaled by `gate`; returns dot(a, silu(g) * u).
   float (*swiglu_backward)(const float* a, float gate, int64_t n, int64_t pad, void* g, void* u, Dtype type);
   void (*add_scaled)(float scale, const float* from, float* to, int64_t n);

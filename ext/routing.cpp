@@ -18,7 +18,8 @@ void Routing::build(const int32_t* idx, int64_t tokens_in, int64_t per_token, in
       const int32_t e = idx[t * per_token + k];
       if (e == -1) continue;
       if (e < 0 || e >= experts)
-        throw std::invalid_argument(text("idx[", t, ", ", k, "] = ", e, " is neither -1 (no expert) nor an expert in 0..", experts - 1));
+        throw std::invalid_argument(
+            text("idx[", t, ", ", k, "] = ", e, " is neither -1 (no expert) nor an expert in 0..", experts - 1));
       ++count_[e];
       any = true;
     }
@@ -28,7 +29,8 @@ void Routing::build(const int32_t* idx, int64_t tokens_in, int64_t per_token, in
   order_.clear();
   for (int e = 0; e < experts; ++e)
     if (count_[e]) order_.push_back(e);
-  std::sort(order_.begin(), order_.end(), [&](int a, int b) { return count_[a] != count_[b] ? count_[a] > count_[b] : a < b; });
+  std::sort(order_.begin(), order_.end(),
+            [&](int a, int b) { return count_[a] != count_[b] ? count_[a] > count_[b] : a < b; });
 
   segments.clear();
   pieces.clear();

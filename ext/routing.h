@@ -23,8 +23,8 @@ struct Routing {
   std::vector<int32_t> token;  // [routes]
   std::vector<int64_t> place;  // [routes], where in idx and gate the route stands
   std::vector<Piece> pieces;
-  int64_t slots = 0;           // operand rows of all segments, and kRowTile more that a kernel may read
-  int64_t tokens = 0;          // those with at least one expert
+  int64_t slots = 0;   // operand rows of all segments, and kRowTile more that a kernel may read
+  int64_t tokens = 0;  // those with at least one expert
 
   // Rebuilds from idx [tokens, per_token]; throws when one is neither -1 nor an expert. A function of idx alone.
   void build(const int32_t* idx, int64_t tokens, int64_t per_token, int experts);

@@ -63,7 +63,8 @@ uint64_t hash_idx(const int32_t* idx, int64_t n) {
 }
 
 int32_t stash_draw_slip() {
-  static std::atomic<uint32_t> next{std::random_device()()};  // a slip of another process matches by no more than chance
+  static std::atomic<uint32_t> next{
+      std::random_device()()};  // a slip of another process matches by no more than chance
   uint32_t slip;
   while (!(slip = next.fetch_add(1))) {
   }
@@ -75,7 +76,8 @@ std::optional<Activations> stash_room(size_t bytes) {
   if (bytes > budget) return std::nullopt;
   Activations room;
   for (auto it = spare.begin(); it != spare.end(); ++it)
-    if (it->memory.size() >= bytes && it->memory.size() <= bytes + bytes / 4) {  // a much larger one would waste the budget
+    if (it->memory.size() >= bytes &&
+        it->memory.size() <= bytes + bytes / 4) {  // a much larger one would waste the budget
       room = std::move(*it);
       spare_held -= room.memory.size();
       spare.erase(it);

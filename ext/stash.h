@@ -1,4 +1,5 @@
-// What a forward call keeps for its backward call: gate and up activations, found by the slip the forward call returned.
+// What a forward call keeps for its backward call: gate and up activations, found by the slip the forward call
+// returned.
 #pragma once
 #include <cstdint>
 #include <memory>

@@ -49,7 +49,8 @@ Store::Store(int layers, int experts, int64_t width, int64_t hidden, Format form
   } sizes[] = {{"layers", layers}, {"experts", experts}, {"width", width}, {"hidden", hidden}};
   for (const auto& size : sizes)
     if (size.value < 1 || size.value > kMost)
-      throw std::invalid_argument(text("expert store: ", size.name, " = ", size.value, " is not between 1 and ", kMost));
+      throw std::invalid_argument(
+          text("expert store: ", size.name, " = ", size.value, " is not between 1 and ", kMost));
   places_.resize(static_cast<size_t>(layers) * experts * kProjections);
   placed_ = std::make_unique<std::atomic<uint8_t>[]>(layers);
 }
@@ -59,10 +60,13 @@ size_t Store::index(int layer, int expert, int projection) const {
 }
 
 void Store::check_indices(int layer, int expert, int projection) const {
-  if (layer < 0 || layer >= layers) throw std::invalid_argument(text("expert store ", id, ": layer ", layer, " is not in 0..", layers - 1));
-  if (expert < 0 || expert >= experts) throw std::invalid_argument(text("expert store ", id, ": expert ", expert, " is not in 0..", experts - 1));
+  if (layer < 0 || layer >= layers)
+    throw std::invalid_argument(text("expert store ", id, ": layer ", layer, " is not in 0..", layers - 1));
+  if (expert < 0 || expert >= experts)
+    throw std::invalid_argument(text("expert store ", id, ": expert ", expert, " is not in 0..", experts - 1));
   if (projection < 0 || projection >= kProjections)
-    throw std::invalid_argument(text("expert store ", id, ": projection ", projection, " is not 0 (gate_proj), 1 (up_proj) or 2 (down_proj)"));
+    throw std::invalid_argument(
+        text("expert store ", id, ": projection ", projection, " is not 0 (gate_proj), 1 (up_proj) or 2 (down_proj)"));
 }
 
 int Store::add_buffer(std::shared_ptr<const uint8_t> bytes, size_t size) {
@@ -70,32 +74,38 @@ int Store::add_buffer(std::shared_ptr<const uint8_t> bytes, size_t size) {
   return static_cast<int>(buffers_.size()) - 1;
 }
 
-const uint8_t* Store::range(const std::string& what, int32_t buffer, int64_t offset, int64_t bytes, int64_t alignment) const {
+const uint8_t* Store::range(const std::string& what, int32_t buffer, int64_t offset, int64_t bytes,
+                            int64_t alignment) const {
   if (buffer < 0 || static_cast<size_t>(buffer) >= buffers_.size())
     throw std::invalid_argument(text(what, "buffer ", buffer, " is not one of the ", buffers_.size(), " added"));
   const Buffer& b = buffers_[buffer];
   if (offset < 0 || static_cast<uint64_t>(bytes) > b.size || static_cast<uint64_t>(offset) > b.size - bytes)
-    throw std::invalid_argument(text(what, "bytes ", offset, " to ", offset, " + ", bytes, " are not within the buffer's ", b.size));
+    throw std::invalid_argument(
+        text(what, "bytes ", offset, " to ", offset, " + ", bytes, " are not within the buffer's ", b.size));
   const uint8_t* const data = b.bytes.get() + offset;
   if (reinterpret_cast<uintptr_t>(data) % alignment)
     throw std::invalid_argument(text(what, "offset ", offset, " is not aligned to ", alignment, " bytes in memory"));
   return data;
 }
 
-void Store::place(int layer, int projection, const int32_t* buffer, const int64_t* offset, const int32_t* scale_buffer, const int64_t* scale_offset) {
+void Store::place(int layer, int projection, const int32_t* buffer, const int64_t* offset, const int32_t* scale_buffer,
+                  const int64_t* scale_offset) {
   check_indices(layer, 0, projection);
   const std::string name = text("expert store ", id, ": ", kProjectionNames[projection], " of layer ", layer);
   if (placed_[layer] >> projection & 1) throw std::invalid_argument(text(name, " is already placed"));
   const FormatInfo& info = kFormatInfo[static_cast<int>(format)];
   const int64_t scale_alignment = kScaleBlock[static_cast<int>(format)].bytes;
-  if (scale_alignment && !scale_buffer) throw std::invalid_argument(text(name, ": format ", info.name, " needs scales"));
-  if (!scale_alignment && scale_buffer) throw std::invalid_argument(text(name, ": format ", info.name, " has no scales"));
+  if (scale_alignment && !scale_buffer)
+    throw std::invalid_argument(text(name, ": format ", info.name, " needs scales"));
+  if (!scale_alignment && scale_buffer)
+    throw std::invalid_argument(text(name, ": format ", info.name, " has no scales"));
   const Matrix w = matrix(layer, 0, projection);
   for (int e = 0; e < experts; ++e) {
     Place& place = places_[index(layer, e, projection)];
     place.data = range(text(name, ", expert ", e, ": "), buffer[e], offset[e], data_bytes(format, w), info.alignment);
     if (scale_buffer)
-      place.scales = range(text(name, ", expert ", e, ", scales: "), scale_buffer[e], scale_offset[e], scale_bytes(format, w), scale_alignment);
+      place.scales = range(text(name, ", expert ", e, ", scales: "), scale_buffer[e], scale_offset[e],
+                           scale_bytes(format, w), scale_alignment);
   }
   placed_[layer].fetch_or(static_cast<uint8_t>(1 << projection), std::memory_order_release);
 }
@@ -104,7 +114,9 @@ void Store::check_layer(int layer) const {
   check_indices(layer, 0, 0);
   const int placed = placed_[layer].load(std::memory_order_acquire);
   for (int p = 0; p < kProjections; ++p)
-    if (!(placed >> p & 1)) throw std::invalid_argument(text("expert store ", id, ": ", kProjectionNames[p], " of layer ", layer, " is not placed yet"));
+    if (!(placed >> p & 1))
+      throw std::invalid_argument(
+          text("expert store ", id, ": ", kProjectionNames[p], " of layer ", layer, " is not placed yet"));
 }
 
 Matrix Store::matrix(int layer, int expert, int projection) const {
@@ -155,7 +167,8 @@ int register_store(std::shared_ptr<Store> store) {
 
 std::shared_ptr<const Store> find_store(int64_t id) {
   std::lock_guard lock(registry_mutex);
-  if (const auto found = registry.find(static_cast<int>(id)); found != registry.end() && found->first == id) return found->second;
+  if (const auto found = registry.find(static_cast<int>(id)); found != registry.end() && found->first == id)
+    return found->second;
   if (id >= 0 && id < next_id) throw std::invalid_argument(text("expert store ", id, " is closed"));
   throw std::invalid_argument(text("there is no expert store ", id));
 }

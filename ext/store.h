@@ -1,4 +1,5 @@
-// Where every expert's three projections lie in the mapped checkpoint, and the registry through which calls find a store.
+// Where every expert's three projections lie in the mapped checkpoint, and the registry through which calls find a
+// store.
 #pragma once
 #include <array>
 #include <atomic>
@@ -33,7 +34,8 @@ class Store {
 
   int add_buffer(std::shared_ptr<const uint8_t> bytes, size_t size);  // kept until the last call in flight is done
   // Where one projection of all experts of a layer lies; every range and alignment is checked, once.
-  void place(int layer, int projection, const int32_t* buffer, const int64_t* offset, const int32_t* scale_buffer, const int64_t* scale_offset);
+  void place(int layer, int projection, const int32_t* buffer, const int64_t* offset, const int32_t* scale_buffer,
+             const int64_t* scale_offset);
 
   void check_layer(int layer) const;  // in range and with all three projections placed
   Matrix matrix(int layer, int expert, int projection) const;

@@ -65,8 +65,9 @@ class Pool {
   void check_process() const {
     const pid_t owner = owner_.load();
     if (owner && owner != getpid())
-      throw std::runtime_error("this process was forked after kjax started its kernel threads, and threads do not survive a "
-                               "fork: start it with the \"spawn\" or \"forkserver\" method instead");
+      throw std::runtime_error(
+          "this process was forked after kjax started its kernel threads, and threads do not survive a "
+          "fork: start it with the \"spawn\" or \"forkserver\" method instead");
   }
 
   void run(Job job) {
@@ -168,7 +169,8 @@ double smallest_quota(std::string group, const std::string& mount, bool v2) {
     if (v2 && read_line(mount + group + "/cpu.max", line)) {
       std::istringstream fields(line);
       if (!(fields >> quota >> period)) quota = 0;
-    } else if (!v2 && read_line(mount + group + "/cpu.cfs_quota_us", line) && read_line(mount + group + "/cpu.cfs_period_us", period_line)) {
+    } else if (!v2 && read_line(mount + group + "/cpu.cfs_quota_us", line) &&
+               read_line(mount + group + "/cpu.cfs_period_us", period_line)) {
       quota = std::atof(line.c_str());
       period = std::atof(period_line.c_str());
     }
@@ -205,7 +207,8 @@ int count_threads() {
   if (const char* value = std::getenv("KJAX_THREADS"); value && *value) {
     char* end;
     const long n = std::strtol(value, &end, 10);
-    if (*end || n < 1 || n > kMost) throw std::invalid_argument(text("KJAX_THREADS=", value, " is not a number of threads from 1 to ", kMost));
+    if (*end || n < 1 || n > kMost)
+      throw std::invalid_argument(text("KJAX_THREADS=", value, " is not a number of threads from 1 to ", kMost));
     return static_cast<int>(n);
   }
   int cores = static_cast<int>(std::thread::hardware_concurrency());

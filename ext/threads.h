@@ -58,9 +58,11 @@ class Turn {
   void run(Job job);
 };
 
-// KJAX_THREADS, or the cores of the affinity mask limited by the cgroup's CPU quota. Throws on an unusable KJAX_THREADS.
+// KJAX_THREADS, or the cores of the affinity mask limited by the cgroup's CPU quota. Throws on an unusable
+// KJAX_THREADS.
 int thread_count();
-// The quota in cores (0: none) that the control-group files below `root` give to the group named in `root`/proc/self/cgroup.
+// The quota in cores (0: none) that the control-group files below `root` give to the group named in
+// `root`/proc/self/cgroup.
 double cgroup_cpu_quota(const std::string& root);
 
 }  // namespace kjax

@@ -1,6 +1,7 @@
-// The eight AMX operations the kernels are written against, in two bodies: the instructions, or a software model of them.
-// Included inside an unnamed namespace; KJAX_SOFT_TILES selects the model. Tile numbers are literals, because the instructions
-// encode them. The instructions' bodies tell the compiler nothing about memory: tile_fence() separates them from plain code.
+// The eight AMX operations the kernels are written against, in two bodies: the instructions, or a software model of
+// them. Included inside an unnamed namespace; KJAX_SOFT_TILES selects the model. Tile numbers are literals, because the
+// instructions encode them. The instructions' bodies tell the compiler nothing about memory: tile_fence() separates
+// them from plain code.
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -39,7 +40,8 @@ inline float soft_float(const uint8_t* p) {
 inline void soft_zero(int t) { soft_tile[t] = {}; }
 inline void soft_load(int t, const void* base, int64_t stride) {
   if (!soft_configured) __builtin_trap();  // as the instruction would fault
-  for (int r = 0; r < 16; ++r) __builtin_memcpy(soft_tile[t].row[r], static_cast<const uint8_t*>(base) + r * stride, 64);
+  for (int r = 0; r < 16; ++r)
+    __builtin_memcpy(soft_tile[t].row[r], static_cast<const uint8_t*>(base) + r * stride, 64);
 }
 inline void soft_store(int t, void* base, int64_t stride) {
   for (int r = 0; r < 16; ++r) __builtin_memcpy(static_cast<uint8_t*>(base) + r * stride, soft_tile[t].row[r], 64);

@@ -43,7 +43,7 @@ FORMATS = ["bf16", "fp32", *QUANTISED]
 
 
 def quantised(rng, fmt, experts, rows, cols):
-    """Random codes and scales as bytes [E, .], and the weights they mean as float64 [E, rows, cols]: bf16(scale * code)."""
+    """Random codes and scales as bytes [E, .], and what they mean as float64 [E, rows, cols]: bf16(scale * code)."""
     bits_, block_rows, block_cols, scale_type = QUANTISED[fmt]
     block_cols = block_cols or cols
     blocks = -(-rows // block_rows), -(-cols // block_cols)
@@ -89,7 +89,11 @@ def make_layer(rng, experts, width, hidden, fmt="bf16", layers=1):
 
 def route(rng, tokens, experts, per_token, holes=0.2):
     """idx [N, K] without repeats in a row, some -1; gate [N, K]."""
-    idx = np.stack([rng.permutation(max(experts, per_token))[:per_token] for _ in range(tokens)]) if tokens else np.zeros((0, per_token))
+    idx = (
+        np.stack([rng.permutation(max(experts, per_token))[:per_token] for _ in range(tokens)])
+        if tokens
+        else np.zeros((0, per_token))
+    )
     idx = np.where((idx >= experts) | (rng.random((tokens, per_token)) < holes), -1, idx).astype(np.int32)
     return idx, rng.random((tokens, per_token)).astype(np.float32)
 

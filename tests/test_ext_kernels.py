@@ -1,4 +1,4 @@
-"""Every instruction set of this machine against float64: shapes, routings, types, and bits that depend on neither threads nor calls."""
+"""Every instruction set here against float64: shapes, routings, formats; bits that depend on neither threads nor calls."""
 
 import hashlib
 import os
@@ -34,10 +34,10 @@ def run(layer, x, idx, gate, dy, keep=True):
 
 def check(layer, fmt, x, idx, gate, dy, keep=True):
     """
-    Kernels sum in fp32: n terms may lose n eps of the sum of magnitudes, in random order about sqrt(n); 40 eps covers the
-    sizes here and their two chained sums. In bf16 the rounding of operands dominates: the same roundings in float64 tell how
-    much, and twice that is allowed; one value that falls on the other side of a rounding boundary (2^-8 of itself) matters
-    only where few are summed.
+    Kernels sum in fp32: n terms may lose n eps of the sum of magnitudes, in random order about sqrt(n); 40 eps covers
+    the sizes here and their two chained sums. In bf16 the rounding of operands dominates: the same roundings in float64
+    tell how much, and twice that is allowed; one value that falls on the other side of a rounding boundary (2^-8 of
+    itself) matters only where few are summed.
     """
     got = [values(a) for a in run(layer, x, idx, gate, dy, keep)]
     exact = oracle(layer, values(x), idx, gate, values(dy))
@@ -88,8 +88,11 @@ def test_accuracy_is_that_of_the_operands(isa, fmt):
 
 
 @pytest.mark.parametrize("fmt", FORMATS[2:])
-@pytest.mark.parametrize("shape", [(1, 1, 3, 1, 1), (7, 33, 129, 3, 3), (17, 260, 31, 5, 2), (100, 135, 257, 2, 2), (5, 40, 2060, 2, 1)],
-                         ids=lambda s: "x".join(map(str, s)))  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 3, 1, 1), (7, 33, 129, 3, 3), (17, 260, 31, 5, 2), (100, 135, 257, 2, 2), (5, 40, 2060, 2, 1)],
+    ids=lambda s: "x".join(map(str, s)),
+)
 def test_quantised_against_float64(isa, fmt, shape):
     """Partial blocks and groups at every end."""
     tokens, width, hidden, experts, per_token = shape
@@ -150,7 +153,9 @@ def test_bf16_rounds_to_nearest_even_and_keeps_nan(isa):
     layer = make_layer(rng, 1, 32, 32, "fp32")
     x = bits(rng.standard_normal((8, 32)), "bf16")
     y, _ = _ext.forward(layer.store.id, 0, x, np.zeros((8, 1), np.int32), np.ones((8, 1), np.float32), False)
-    wide, _ = _ext.forward(layer.store.id, 0, values(x).astype(np.float32), np.zeros((8, 1), np.int32), np.ones((8, 1), np.float32), False)
+    wide, _ = _ext.forward(
+        layer.store.id, 0, values(x).astype(np.float32), np.zeros((8, 1), np.int32), np.ones((8, 1), np.float32), False
+    )
     np.testing.assert_array_equal(y, bits(wide, "bf16"))
     x[2, 3] = 0x7FC1
     y, _ = _ext.forward(layer.store.id, 0, x, np.zeros((8, 1), np.int32), np.ones((8, 1), np.float32), False)
@@ -232,7 +237,7 @@ def test_a_miss_gives_the_bits_of_a_hit(isa):
 
 
 def test_kernel_files_share_no_code(tmp_path):
-    """At -O0 nothing is inlined, so a function that one ISA could take from another file would be an exported symbol."""
+    """At -O0 nothing is inlined, so a function that one ISA could take from another file would be exported."""
     compiler = shutil.which("c++")
     if not compiler or not shutil.which("nm") or os.uname().machine != "x86_64":
         pytest.skip("needs a compiler and nm on x86-64")
@@ -242,6 +247,11 @@ def test_kernel_files_share_no_code(tmp_path):
         target = tmp_path / (source.stem + ".o")
         own = flags[source.name].split(";") if source.name in flags else []
         subprocess.run([compiler, "-std=c++20", "-O0", "-w", *own, "-c", source, "-o", target], check=True)
-        listed = subprocess.run(["nm", "-C", "--defined-only", target], capture_output=True, text=True, check=True).stdout
+        listed = subprocess.run(
+            ["nm", "-C", "--defined-only", target], capture_output=True, text=True, check=True
+        ).stdout
         exported = [line.split(maxsplit=2)[1:] for line in listed.splitlines() if line.split()[1] not in "trdb"]
-        assert exported and all(re.fullmatch(r"kjax::k\w+(Kernels|Gemm)", name) for _, name in exported), (source.name, exported)
+        assert exported and all(re.fullmatch(r"kjax::k\w+(Kernels|Gemm)", name) for _, name in exported), (
+            source.name,
+            exported,
+        )

@@ -1,0 +1,106 @@
+// Peaks of this machine: arithmetic from registers and reads of memory larger than any cache, with a given number of
+// threads. c++ -O2 -std=c++20 -shared -fPIC -pthread probe.cpp -o probe.so   (x86-64 with AVX-512; experts.py builds
+// it)
+#include <immintrin.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Seconds from the first thread's start to the last one's end.
+template <class Work>
+double parallel(int threads, Work work) {
+  std::atomic<int> ready{0};
+  std::atomic<bool> go{false};
+  std::vector<std::thread> team;
+  std::vector<Clock::time_point> begin(threads), end(threads);
+  for (int i = 0; i < threads; ++i)
+    team.emplace_back([&, i] {
+      ++ready;
+      while (!go) _mm_pause();
+      begin[i] = Clock::now();
+      work(i);
+      end[i] = Clock::now();
+    });
+  while (ready < threads) std::this_thread::yield();
+  go = true;
+  for (auto& thread : team) thread.join();
+  Clock::time_point first = begin[0], last = end[0];
+  for (int i = 1; i < threads; ++i) {
+    if (begin[i] < first) first = begin[i];
+    if (end[i] > last) last = end[i];
+  }
+  return std::chrono::duration<double>(last - first).count();
+}
+
+// Twelve independent chains hide a latency of up to six cycles on two ports.
+#define TWELVE(op) op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11)
+#define FMA(i) "vfmadd231ps %%zmm31, %%zmm30, %%zmm" #i "\n"
+#define DOT(i) "vdpbf16ps %%zmm31, %%zmm30, %%zmm" #i "\n"
+#define ZMMS                                                                                                          \
+  "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11", "zmm30", "zmm31", \
+      "cc"
+void __attribute__((target("avx512f"))) fma(long n) {
+  __asm__ volatile("1:\n" TWELVE(FMA) "dec %0\njnz 1b\n" : "+r"(n)::ZMMS);
+}
+void __attribute__((target("avx512f"))) dot(long n) {
+  __asm__ volatile("1:\n" TWELVE(DOT) "dec %0\njnz 1b\n" : "+r"(n)::ZMMS);
+}
+void tiles(long n) {
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  __asm__ volatile("ldtilecfg %0" ::"m"(config));
+  __asm__ volatile(
+      "1:\n tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n"
+      "tdpbf16ps %%tmm7, %%tmm5, %%tmm3\n dec %0\n jnz 1b\n tilerelease\n"
+      : "+r"(n)::"cc");
+}
+
+}  // namespace
+
+// GFLOP/s of kind 0 (fp32 FMA), 1 (bf16 dot), 2 (AMX bf16); 0 where Linux refuses the tiles.
+extern "C" double peak(int kind, int threads, double milliseconds) {
+  if (kind == 2 && syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 0;
+  const double per_round = kind == 0 ? 12 * 32.0 : kind == 1 ? 12 * 64.0 : 4 * 16384.0;
+  const long rounds = static_cast<long>(milliseconds * 1e-3 * (kind == 0 ? 5e8 : kind == 1 ? 2.5e8 : 4e7));
+  const double seconds = parallel(threads, [&](int) {
+    kind == 0 ? fma(rounds) : kind == 1 ? dot(rounds) : tiles(rounds);
+  });
+  return threads * rounds * per_round / seconds * 1e-9;
+}
+
+// GB/s of reading `bytes` once, on huge pages.
+extern "C" __attribute__((target("avx512f"))) double bandwidth(int threads, size_t bytes) {
+  static char* buffer = nullptr;
+  static size_t size = 0;
+  if (bytes > size) {
+    std::free(buffer);
+    buffer = static_cast<char*>(std::aligned_alloc(size_t{2} << 20, size = bytes));
+    madvise(buffer, size, MADV_HUGEPAGE);
+    std::memset(buffer, 1, size);
+  }
+  const size_t part = bytes / threads / 4096 * 4096;
+  std::atomic<long> sink{0};
+  const double seconds = parallel(threads, [&](int i) __attribute__((target("avx512f"))) {
+    __m512i sum[4] = {};
+    for (const char *p = buffer + i * part, *last = p + part; p < last; p += 256)
+      for (int j = 0; j < 4; ++j) sum[j] = _mm512_xor_si512(sum[j], _mm512_load_si512(p + 64 * j));
+    alignas(64) long lanes[8];
+    _mm512_store_si512(lanes, _mm512_xor_si512(_mm512_xor_si512(sum[0], sum[1]), _mm512_xor_si512(sum[2], sum[3])));
+    sink += lanes[0];
+  });
+  return part * threads / seconds * 1e-9;
+}
