@@ -99,6 +99,8 @@ def test_sampling_is_repeatable_by_seed(v3):
     run, variables = v3
     draws = [list(run.tokens(variables, [1, 2, 3], 12, temperature=1.0, seed=seed)) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
+    flat = {"params": variables["params"] | {"lm_head": {"weight": np.zeros((96, 32), np.float32)}}}
+    assert len(set(run.tokens(flat, [1, 2, 3], 12, temperature=1.0))) > 6  # equal odds: every step has its own draw
     greedy = list(run.tokens(variables, [1, 2, 3], 12, seed=5))
     assert greedy == list(run.tokens(variables, [1, 2, 3], 12))
     assert greedy == list(run.tokens(variables, [1, 2, 3], 12, temperature=3.0, top_p=1e-6))
