@@ -78,7 +78,7 @@ struct Decode<Format::kInt4Group32> {
     const __m512 values = _mm512_mul_ps(codes, _mm512_set1_ps(scale_at(Format::kInt4Group32, w, row, col)));
     const uint8_t* p = byte_at(Format::kInt4Group32, w, row, col);
     const __m128i packed = n >= 32 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
-                                   : _mm_maskz_loadu_epi8(first_lanes((n + 1) / 2), p);
+                                   : _mm_maskz_loadu_epi8(first_lanes(n > 0 ? (n + 1) / 2 : 0), p);
     const __m512i bytes = _mm512_cvtepu8_epi32(packed);
     const __m512i nibbles =
         _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));  // low nibble in the low word, high in the high

@@ -1,4 +1,4 @@
-"""Every instruction set here against float64: shapes, routings, formats; bits that depend on neither threads nor calls."""
+"""Every instruction set here against float64: shapes, routings, formats; bits that no thread or other call changes."""
 
 import hashlib
 import os

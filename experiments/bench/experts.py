@@ -1,13 +1,14 @@
 """
 How close the host experts come to the machine's limit, beside peers, in one run.
 
-    python experiments/bench/experts.py                                   # both shapes, bf16
+    python experiments/bench/experts.py                           # both shapes, bf16
     python experiments/bench/experts.py --formats bf16,fp8_block,int4_group32,int8_group128 --isa avx512bf16
     python experiments/bench/experts.py --shapes v2-lite --tokens 16,512 --peers transformers
 
-limit = max(operations / arithmetic peak, bytes of the touched experts / read bandwidth); share = limit / time. Both peaks are
-measured with the same threads right before and after every sample; of the samples, the quietest decide. Every case is compared
-with float64 on the decoded weights before it is timed. Writes experts.json, experts.md and a roofline, experts.png.
+limit = max(operations / arithmetic peak, bytes of the touched experts / read bandwidth); share = limit / time. Both
+peaks are measured with the same threads right before and after every sample; of the samples, the quietest decide.
+Every case is compared with float64 on the decoded weights before it is timed. Writes experts.json, experts.md and a
+roofline, experts.png.
 """
 
 import argparse
@@ -170,9 +171,13 @@ def measure(probe: Probe, isa: str, call, flops: float, size: float, seconds: fl
 
 
 def table(rows: list[dict]) -> str:
-    head = "| who | shape | format | tokens | pass | ms | share of limit | bound | GFLOP/s | quiet |\n|---|---|---|---|---|---|---|---|---|---|\n"
-    line = "| {who} | {shape} | {format} | {tokens} | {pass} | {milliseconds:.2f} | {share:.2f} | {bound} | {gflops:.0f} | {quiet}/{samples} |"
-    return head + "\n".join(line.format(**row) for row in rows) + "\n"
+    columns = {
+        "who": "{who}", "shape": "{shape}", "format": "{format}", "tokens": "{tokens}", "pass": "{pass}",
+        "ms": "{milliseconds:.2f}", "share of limit": "{share:.2f}", "bound": "{bound}", "GFLOP/s": "{gflops:.0f}",
+        "quiet": "{quiet}/{samples}",
+    }  # fmt: skip
+    lines = [columns, ["---"] * len(columns), *([cell.format(**row) for cell in columns.values()] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def roofline(rows: list[dict], path: Path):

@@ -50,7 +50,7 @@ class Probe:
         self._probe, self.threads = _build(), threads
 
     def arithmetic(self, isa: str, milliseconds: float = 15) -> float:
-        """For bf16 products; the fp32 FMA peak of AVX-512 stands for ISAs that multiply in fp32, halved where vectors are half."""
+        """For bf16 products; ISAs that multiply in fp32 are held to the FMA peak of AVX-512, AVX2 to half of it."""
         return self._probe.peak(self.KINDS[isa], self.threads, milliseconds) * 1e9 * (0.5 if isa == "avx2" else 1)
 
     def bandwidth(self, size: int = 512 << 20) -> float:

@@ -1,4 +1,4 @@
-"""Other implementations of the same layer, to be timed beside kjax: (name, batch -> {pass: call}) for each that is installed."""
+"""Other implementations of the same layer, timed beside kjax: (name, batch -> {pass: call}) where installed."""
 
 import importlib.util
 
@@ -15,9 +15,14 @@ def transformers(shape, threads):
 
     torch.set_num_threads(threads)
     config = DeepseekV3Config(
-        hidden_size=shape.width, moe_intermediate_size=shape.hidden, n_routed_experts=shape.experts, num_experts_per_tok=shape.per_token,
-        num_hidden_layers=1, n_group=1, topk_group=1,
-    )  # fmt: skip
+        hidden_size=shape.width,
+        moe_intermediate_size=shape.hidden,
+        n_routed_experts=shape.experts,
+        num_experts_per_tok=shape.per_token,
+        num_hidden_layers=1,
+        n_group=1,
+        topk_group=1,
+    )
     config.num_experts = shape.experts
     kind = next(getattr(modeling, name) for name in dir(modeling) if name.endswith(("NaiveMoe", "Experts")))
     config._experts_implementation = "eager"

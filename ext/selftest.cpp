@@ -1,0 +1,249 @@
+// Runs every instruction set this CPU has, or those named, against float64 over shapes, formats and directions, without
+// Python: for machines and emulators where only a program can be taken. One line per case; exit status 1 if any is
+// wrong.
+//   cmake -S ext -B build -DKJAX_PYTHON=OFF [-DKJAX_STATIC=ON] && cmake --build build && build/kjax_selftest [isa...]
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "experts.h"
+#include "store.h"
+#include "stash.h"
+#include "threads.h"
+
+namespace kjax {
+namespace {
+
+#include "decode_scalar.h"
+
+// Numbers that are the same on every machine.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 2654435761u + 1) {}
+  uint32_t bits() {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<uint32_t>(state_ >> 33) * 2u + 1u;
+  }
+  int below(int n) { return static_cast<int>(bits() / 2 % static_cast<uint32_t>(n)); }
+  float uniform() { return static_cast<float>(bits() >> 8) * (2.0f / 16777216.0f) - 1.0f; }  // (-1, 1)
+
+ private:
+  uint64_t state_;
+};
+
+struct Case {
+  int tokens, width, hidden, experts, per_token;
+  bool skewed;  // half of all routes go to one expert
+};
+// One of everything, odd everywhere, one past a vector, a tile, a panel and a block of the reduction, an empty expert,
+// one busy enough for several segments.
+constexpr Case kCases[] = {{1, 1, 3, 1, 1, false},     {3, 5, 7, 4, 2, false},    {17, 129, 65, 5, 2, true},
+                           {40, 96, 257, 3, 2, false}, {130, 70, 67, 9, 1, true}, {9, 320, 1030, 3, 2, false},
+                           {33, 2051, 40, 2, 2, true}, {700, 40, 33, 2, 1, true}};
+
+struct Problem {
+  std::shared_ptr<Store> store;
+  std::vector<double> weight[kProjections];  // [experts, rows, cols]
+  std::vector<float> x, dy, gate;
+  std::vector<int32_t> idx;
+};
+
+double narrow(double x, Dtype type) {
+  const float f = static_cast<float>(x);
+  return type == Dtype::kBf16 ? bf16_to_float(float_to_bf16(f)) : f;
+}
+
+// Random stored bytes: any code but a NaN's, scales that make weights of about 1 / sqrt(cols).
+std::shared_ptr<uint8_t> stored_bytes(Format format, int64_t count, double size, Random& random) {
+  std::shared_ptr<uint8_t> bytes(new uint8_t[count + 8], std::default_delete<uint8_t[]>());
+  for (int64_t i = 0; i < count; ++i) {
+    bytes.get()[i] = static_cast<uint8_t>(random.bits() >> 9);
+    const bool fp8 = format == Format::kFp8Block || format == Format::kFp8Channel;
+    if (fp8 && (bytes.get()[i] & 127) == 127) bytes.get()[i] ^= 1;
+  }
+  for (int64_t i = 0; format == Format::kBf16 && i < count / 2; ++i) {
+    const uint16_t bits = float_to_bf16(random.uniform() * static_cast<float>(size));
+    std::memcpy(bytes.get() + 2 * i, &bits, 2);
+  }
+  for (int64_t i = 0; format == Format::kFp32 && i < count / 4; ++i) {
+    const float number = random.uniform() * static_cast<float>(size);
+    std::memcpy(bytes.get() + 4 * i, &number, 4);
+  }
+  return bytes;
+}
+
+Problem make_problem(const Case& c, Format format, uint64_t seed) {
+  Random random(seed);
+  Problem p;
+  p.store = std::make_shared<Store>(1, c.experts, c.width, c.hidden, format);
+  const ScaleBlock& block = kScaleBlock[static_cast<int>(format)];
+  const double unit = format == Format::kInt4Group32 ? 5 : format == Format::kInt8Group128 ? 74 : 120;  // of a code
+  for (int projection = 0; projection < kProjections; ++projection) {
+    const Matrix shape = p.store->matrix(0, 0, projection);
+    const double size = 1.7 / std::sqrt(static_cast<double>(shape.cols));
+    const int64_t one = shape.rows * row_bytes(format, shape.cols);
+    const int64_t scales = (shape.rows + block.rows - 1) / block.rows * scales_per_row(block, shape.cols);
+    std::vector<int32_t> buffer(c.experts), scale_buffer(c.experts);
+    std::vector<int64_t> offset(c.experts, 0);
+    for (int e = 0; e < c.experts; ++e) {
+      buffer[e] = p.store->add_buffer(stored_bytes(format, one, size, random), one);
+      std::shared_ptr<uint8_t> raw(new uint8_t[scales * 4], std::default_delete<uint8_t[]>());
+      for (int64_t i = 0; i < scales; ++i) {
+        const float scale = static_cast<float>(size / unit) * (1.0f + 0.5f * random.uniform());
+        const uint16_t bits = float_to_bf16(scale);
+        if (block.bytes == 4) std::memcpy(raw.get() + 4 * i, &scale, 4);
+        if (block.bytes == 2) std::memcpy(raw.get() + 2 * i, &bits, 2);
+      }
+      scale_buffer[e] = p.store->add_buffer(raw, scales * block.bytes);
+    }
+    p.store->place(0, projection, buffer.data(), offset.data(), block.bytes ? scale_buffer.data() : nullptr,
+                   offset.data());
+  }
+  for (int projection = 0; projection < kProjections; ++projection) {
+    const Matrix shape = p.store->matrix(0, 0, projection);
+    std::vector<float> decoded(static_cast<size_t>(shape.rows * shape.cols));
+    for (int e = 0; e < c.experts; ++e) {
+      const Matrix w = p.store->matrix(0, e, projection);
+      for (int64_t r = 0; r < w.rows; ++r) decode_row(format, w, r, 0, w.cols, decoded.data() + r * w.cols);
+      p.weight[projection].insert(p.weight[projection].end(), decoded.begin(), decoded.end());
+    }
+  }
+  const int64_t numbers = int64_t{c.tokens} * c.width, routes = int64_t{c.tokens} * c.per_token;
+  for (int64_t i = 0; i < numbers; ++i) {
+    p.x.push_back(random.uniform() * 1.7f);
+    p.dy.push_back(random.uniform() * 1.7f);
+  }
+  for (int64_t i = 0; i < routes; ++i) {
+    const int spread = c.experts > 2 ? c.experts - 1 : c.experts;  // the last of many experts stays empty
+    p.idx.push_back(random.below(5) == 0 ? -1 : c.skewed && random.below(2) ? 0 : random.below(spread));
+    p.gate.push_back(0.5f + 0.5f * random.uniform());
+  }
+  return p;
+}
+
+struct Result {
+  std::vector<double> y, dx, dgate;
+};
+
+// In float64, rounding to `type` where a kernel must: fp32 for none.
+Result reference(const Case& c, const Problem& p, Dtype type, bool rounded) {
+  const auto round = [&](double x) { return rounded ? narrow(x, type) : x; };
+  const int D = c.width, F = c.hidden;
+  Result out{std::vector<double>(p.x.size()), std::vector<double>(p.x.size()), std::vector<double>(p.gate.size())};
+  std::vector<double> x(D), dy(D), g(F), u(F), h(F), a(F);
+  for (int t = 0; t < c.tokens; ++t) {
+    for (int d = 0; d < D; ++d) {
+      x[d] = round(p.x[t * D + d]);
+      dy[d] = round(p.dy[t * D + d]);
+    }
+    for (int k = 0; k < c.per_token; ++k) {
+      const int route = t * c.per_token + k, e = p.idx[route];
+      if (e < 0) continue;
+      const double* W[kProjections];
+      for (int j = 0; j < kProjections; ++j) W[j] = p.weight[j].data() + static_cast<size_t>(e) * D * F;
+      for (int f = 0; f < F; ++f) {
+        double sums[3] = {};
+        for (int d = 0; d < D; ++d) {
+          sums[0] += W[kGate][f * D + d] * x[d];
+          sums[1] += W[kUp][f * D + d] * x[d];
+          sums[2] += W[kDown][d * F + f] * dy[d];
+        }
+        h[f] = round(sums[0] / (1 + std::exp(-sums[0])) * sums[1]);
+        g[f] = round(sums[0]);
+        u[f] = round(sums[1]);
+        a[f] = sums[2];
+      }
+      for (int f = 0; f < F; ++f) {
+        const double s = 1 / (1 + std::exp(-g[f]));
+        out.dgate[route] += a[f] * g[f] * s * u[f];
+        const double dg = round(p.gate[route] * a[f] * u[f] * (s + g[f] * s * (1 - s)));
+        const double du = round(p.gate[route] * a[f] * g[f] * s);
+        for (int d = 0; d < D; ++d) {
+          out.y[t * D + d] += p.gate[route] * W[kDown][d * F + f] * h[f];
+          out.dx[t * D + d] += dg * W[kGate][f * D + d] + du * W[kUp][f * D + d];
+        }
+      }
+    }
+  }
+  return out;
+}
+
+double error(const std::vector<float>& got, const std::vector<double>& exact) {
+  double difference = 0, size = 0;
+  for (size_t i = 0; i < exact.size(); ++i) {
+    difference += (got[i] - exact[i]) * (got[i] - exact[i]);
+    size += exact[i] * exact[i];
+  }
+  return std::sqrt(size > 0 ? difference / size : difference);
+}
+double error(const std::vector<double>& got, const std::vector<double>& exact) {
+  return error(std::vector<float>(got.begin(), got.end()), exact);
+}
+
+// True when y, dx and dgate are within twice the error of rounding the operands alone, plus what one value that falls
+// on the other side of a rounding boundary does to a short sum, plus fp32 sums.
+bool run_case(const std::string& isa, const Case& c, Format format, uint64_t seed) {
+  const Dtype type = kOperandType[static_cast<int>(format)];
+  const Problem p = make_problem(c, format, seed);
+  const int id = register_store(p.store);
+  const Call call{id, 0, c.tokens, c.width, c.per_token, Dtype::kFp32, p.x.data(), p.idx.data(), p.gate.data()};
+  std::vector<float> y(p.x.size()), dx(p.x.size()), dgate(p.gate.size()), again(p.x.size()), dgate_again(p.gate.size());
+  const int32_t slip = experts_forward(call, true, y.data());
+  experts_backward(call, slip, p.dy.data(), dx.data(), dgate.data());
+  experts_backward(call, slip, p.dy.data(), again.data(), dgate_again.data());  // now a miss
+  close_store(id);
+  const Result exact = reference(c, p, type, false), rounded = reference(c, p, type, true);
+  const double flip = type == Dtype::kBf16 ? 0.004 / std::max(1.0, std::sqrt(c.hidden / 8.0)) : 0;
+  bool good = again == dx && dgate_again == dgate;
+  std::printf("%-10s %-13s N%-4d D%-5d F%-5d E%-3d K%d ", isa.c_str(), kFormatInfo[static_cast<int>(format)].name,
+              c.tokens, c.width, c.hidden, c.experts, c.per_token);
+  const struct {
+    const char* name;
+    double error, allowed;
+  } all[] = {{"y", error(y, exact.y), error(rounded.y, exact.y)},
+             {"dx", error(dx, exact.dx), error(rounded.dx, exact.dx)},
+             {"dgate", error(dgate, exact.dgate), error(rounded.dgate, exact.dgate)}};
+  for (const auto& one : all) {
+    good &= one.error <= 2 * one.allowed + flip + 40 * 6e-8;
+    std::printf(" %s %.1e", one.name, one.error);
+  }
+  std::printf("  %s\n", good ? "ok" : "WRONG");
+  return good;
+}
+
+int main(int argc, char** argv) {
+  bool good = true;
+  for (const auto& [isa, why_not] : available_isas(cpu_features())) {
+    bool asked = argc < 2;
+    for (int i = 1; i < argc; ++i) asked |= isa == argv[i];
+    if (!asked) continue;
+    if (!why_not.empty()) {
+      std::printf("%-10s %s\n", isa.c_str(), why_not.c_str());
+      good &= argc < 2;  // an ISA asked for must run
+      continue;
+    }
+    force_isa(isa);
+    uint64_t seed = 0;
+    for (int format = 0; format < kFormats; ++format)
+      for (const Case& c : kCases) good &= run_case(isa, c, static_cast<Format>(format), ++seed);
+  }
+  std::puts(good ? "all as float64 says" : "FAILED");
+  return good ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace kjax
+
+int main(int argc, char** argv) {
+  try {
+    return kjax::main(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 2;
+  }
+}
