@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
-STEPS = 40  # a third of the demo's: enough for the voice
+STEPS = 40  # of the demo's 140: enough for the voice
 
 
 def run_demo(directory: Path, steps: int) -> str:
@@ -45,7 +45,7 @@ def test_the_loss_falls(demo):
     held_out = [row["eval_loss"] for row in log if "eval_loss" in row]
     assert len(losses) == STEPS
     assert losses[-1] < 0.6 * losses[0]
-    assert held_out[-1] < 0.8 * held_out[0]
+    assert held_out[-1] < 0.3 * held_out[0]
 
 
 def test_it_says_where_the_results_are(demo):
