@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kjax import adapters, checkpoint, data, lora, models, optimizer
 from kjax.config import Config
-from kjax.weights import names
+from kjax.weights.account import account, expert_sources
 from kjax.weights.safetensors import Checkpoint
 
 
@@ -51,8 +51,9 @@ def prepare(config: Config) -> Job:
         linears = models.linears(model)
         base = adapters.identify(files)
         entries = [files.entry(name) for name in files.names()]
-        names.account(files, model, models.abstract_params(model, config.model.dtype, config.model.experts))
-        expert_dtype = names.expert_entries(files, model)[0][0]["gate_proj"].dtype if model.num_moe_layers else ""
+        account(files, model, models.abstract_params(model, config.model.dtype, config.model.experts))
+        hosted = model.num_moe_layers and config.model.experts == "host"
+        expert_dtype = expert_sources(files, model)[0][0]["gate_proj"].dtype if hosted else ""
         hashed = checkpoint.base_hash(files.directory, entries)
     tree = None
     if config.model.adapter is None:

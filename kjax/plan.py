@@ -20,6 +20,7 @@ from kjax import env, liveness, lora, models, optimizer, step
 from kjax.config import Config
 from kjax.errors import CheckpointError, ConfigError
 from kjax.lora import size
+from kjax.models.quantization import Quantization
 from kjax.offload.stash import FREE_SHARE
 
 GIB = 2**30
@@ -153,24 +154,22 @@ class Format(NamedTuple):
 WHOLE = {"bfloat16": Format("bf16", 16), "float16": Format("f16", 16), "float32": Format("fp32", 32)}
 
 
-def formats(content: dict, where: str) -> tuple[Format, Format]:
+QUANTISED = {  # by the name in kjax.offload.formats
+    "fp8_block": Format("fp8, blocks of 128x128", 8, (128, 128), 4),
+    "fp8_channel": Format("fp8, a scale for each row", 8, (1, 1 << 30), 4),
+    "int4_group32": Format("int4, groups of 32", 4, (1, 32), 2),
+}
+
+
+def formats(content: dict, quantization: Quantization | None, where: str) -> tuple[Format, Format]:
     """(of the routed experts, of the other linear layers), as quantization_config and dtype say."""
     name = content.get("dtype") or content.get("torch_dtype") or "bfloat16"
     if name not in WHOLE:
         raise CheckpointError(f"{where}: dtype = {name!r}: expected one of {', '.join(WHOLE)}")
-    quantised = content.get("quantization_config")
-    if not quantised:
+    if quantization is None:
         return WHOLE[name], WHOLE[name]
-    method = quantised.get("quant_method")
-    if method == "fp8" and (block := quantised.get("weight_block_size")):
-        return (found := Format("fp8, blocks of {}x{}".format(*block), 8, tuple(block), 4)), found
-    if method == "compressed-tensors" and quantised.get("format") == "pack-quantized":
-        weights = next(iter(quantised.get("config_groups", {}).values()), {}).get("weights") or {}
-        group, bits = weights.get("group_size"), weights.get("num_bits")
-        if isinstance(group, int) and isinstance(bits, int) and group > 0 and 0 < bits <= 8:
-            return Format(f"int{bits}, groups of {group}", bits, (1, group), 2), WHOLE[name]
-    raise CheckpointError(f"{where}: quantization_config with quant_method = {method!r} is not understood; plan knows "
-                          "fp8 with weight_block_size and compressed-tensors pack-quantized")
+    found = QUANTISED[quantization.format]
+    return found, WHOLE[name] if quantization.format == "int4_group32" else found  # published in int4: experts alone
 
 
 class _AbstractStore(NamedTuple):
@@ -223,7 +222,7 @@ def plan(config: Config, on: Machine) -> Plan:
     path = path / "config.json" if path.is_dir() else path
     model = models.ModelConfig.from_json(path)
     content = json.loads(path.read_text(encoding="utf-8"))
-    experts_format, others_format = formats(content, str(path))
+    experts_format, others_format = formats(content, model.quantization, str(path))
     linears = models.linears(model)
     spec = lora.resolve(config.lora, linears)
     shapes = flatten_dict(models.abstract_params(model, config.model.dtype, "device"), sep="/")

@@ -152,7 +152,7 @@ def test_json_and_print(tiny, capsys):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"quantization_config": {"quant_method": "gptq"}}, "quant_method = 'gptq' is not understood"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quant_method = 'gptq': not understood"),
     ({"torch_dtype": "int8"}, "dtype = 'int8'"),
     ({"model_type": "mamba"}, "model_type = 'mamba'"),
     ({"num_experts_per_tok": 9}, "num_experts_per_tok = 9"),

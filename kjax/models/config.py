@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kjax.errors import CheckpointError
+from kjax.models import quantization
+from kjax.models.quantization import Quantization
 
 ROUTERS = {"greedy": "softmax", "group_limited_greedy": "softmax", "noaux_tc": "sigmoid"}  # topk_method: scoring_func
 
@@ -80,6 +82,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     max_position_embeddings: int
     rope: Rope
+    quantization: Quantization | None = None
 
     @property
     def num_dense_layers(self) -> int:
@@ -204,6 +207,7 @@ def _read(keys: _Keys) -> ModelConfig:
         tie_word_embeddings=keys.flag("tie_word_embeddings", False),
         max_position_embeddings=keys.integer("max_position_embeddings"),
         rope=_rope(keys),
+        quantization=quantization.read(keys),
     )
     _check(keys, config)
     return config

@@ -1,27 +1,17 @@
 """The expert store: where each routed expert lies in the mapped shards, readable by the host kernels as it is."""
 
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
 from kjax import _ext
 from kjax.errors import CheckpointError
+from kjax.offload.formats import ALIGNMENT, FORMATS, Entry, Quantised
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-FORMATS = {"BF16": "bf16", "F32": "fp32"}  # safetensors dtype -> format of the kernels
-
-
-class Entry(Protocol):
-    """A tensor in a file: `begin` and `end` are byte offsets from the file's start."""
-
-    name: str
-    path: object
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+PLAIN = {"BF16": "bf16", "F32": "fp32"}  # safetensors dtype of a weight without scales -> format of the kernels
 
 
 class ExpertStore:
@@ -32,32 +22,42 @@ class ExpertStore:
     manager) when no compiled function that uses it will run again; a call after that is an error, not a crash.
 
     Attributes:
-      layers, experts, width (D), hidden (F): its shape.  format: "bf16" or "fp32".  id: its number in the kernels.
+      layers, experts, width (D), hidden (F): its shape.  id: its number in the kernels.
+      format: "bf16", "fp32" or one of kjax.offload.formats.FORMATS.
       transport: how compiled functions reach it, see kjax.offload.bridge.
     """
 
-    def __init__(self, projections: Sequence[Sequence[Mapping[str, Entry]]], *, transport: Literal[
+    def __init__(self, projections: Sequence[Sequence[Mapping[str, Entry | Quantised]]], *, transport: Literal[
             "auto", "ffi", "pure_callback"] = "auto", check: bool = True):
         """Map the experts of `projections[layer][expert]["gate_proj" | "up_proj" | "down_proj"]`.
 
-        check reads every weight once and refuses NaN and Inf. Raises CheckpointError with the names of all tensors
-        that do not fit.
+        Bfloat16 and float32 weights are entries by themselves. check reads every weight once and refuses NaN and Inf.
+        Raises CheckpointError with the names of all tensors that do not fit.
         """
         if not projections or not projections[0]:
             raise CheckpointError("the model has no routed experts to store")
         first = projections[0][0]["gate_proj"]
         hidden, width = first.shape
-        self._require_uniform(projections, first.dtype, hidden, width)
-        self._open(len(projections), len(projections[0]), width, hidden, FORMATS[first.dtype], transport)
+        self._require_uniform(projections, _format(first), hidden, width)
+        self._open(len(projections), len(projections[0]), width, hidden, _format(first), transport)
         files: dict[str, int] = {}
+
+        def where(entries):
+            """The buffers and offsets of one tensor of every expert."""
+            for entry in entries:
+                if str(entry.path) not in files:
+                    files[str(entry.path)] = self._ext.add_buffer(np.memmap(entry.path, np.uint8, mode="r"))
+            return (np.array([files[str(entry.path)] for entry in entries], np.int32),
+                    np.array([entry.begin for entry in entries], np.int64))
+
         for layer, experts in enumerate(projections):
             for number, name in enumerate(PROJECTIONS):
-                entries = [expert[name] for expert in experts]
-                for entry in entries:
-                    if str(entry.path) not in files:
-                        files[str(entry.path)] = self._ext.add_buffer(np.memmap(entry.path, np.uint8, mode="r"))
-                self._ext.place(layer, number, np.array([files[str(entry.path)] for entry in entries], np.int32),
-                                np.array([entry.begin for entry in entries], np.int64), None, None)
+                weights = [expert[name] for expert in experts]
+                if self.format in FORMATS:
+                    places = *where([w.codes for w in weights]), *where([w.scales for w in weights])
+                else:
+                    places = *where(weights), None, None
+                self._ext.place(layer, number, *places)
         if check:
             self._require_finite(projections)
 
@@ -92,20 +92,15 @@ class ExpertStore:
         self._finalizer = weakref.finalize(self, self._ext.close)
 
     @staticmethod
-    def _require_uniform(projections, dtype, hidden, width):
+    def _require_uniform(projections, format_, hidden, width):
         shapes = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
         wrong = []
         for experts in projections:
             if len(experts) != len(projections[0]):
                 raise CheckpointError(f"layers with {len(projections[0])} and {len(experts)} routed experts")
             for expert in experts:
-                for name, entry in expert.items():
-                    if entry.dtype not in FORMATS:
-                        wrong.append(f"{entry.name}: {entry.dtype} experts are not supported; expected one of "
-                                     f"{', '.join(FORMATS)}")
-                    elif entry.dtype != dtype or tuple(entry.shape) != shapes[name]:
-                        wrong.append(f"{entry.name}: {entry.dtype}{list(entry.shape)}, expected "
-                                     f"{dtype}{list(shapes[name])}")
+                for name, weight in expert.items():
+                    wrong += _misfits(weight, format_, shapes[name])
         if wrong:
             raise CheckpointError("routed experts that do not fit:\n  " + "\n  ".join(wrong))
 
@@ -137,3 +132,30 @@ class ExpertStore:
     def __repr__(self):
         return (f"ExpertStore({self.layers} layers x {self.experts} experts, D {self.width}, F {self.hidden}, "
                 f"{self.format})")
+
+
+def _format(weight: Entry | Quantised) -> str | None:
+    return weight.format if isinstance(weight, Quantised) else PLAIN.get(weight.dtype)
+
+
+def _misfits(weight: Entry | Quantised, format_: str | None, shape: tuple[int, int]) -> Iterator[str]:
+    """What keeps a weight out of a store of experts of this format and shape."""
+    if isinstance(weight, Quantised):
+        parts = list(weight.expected())
+        if weight.format != format_ or tuple(weight.shape) != shape:
+            yield f"{weight.name}: {weight.format}{list(weight.shape)}, expected {format_}{list(shape)}"
+            return
+    elif weight.dtype not in PLAIN:
+        scaled = any(weight.dtype == known.dtype for known in FORMATS.values())
+        yield f"{weight.name}: {weight.dtype} experts are not supported" + (
+            " without their scales" if scaled else f"; expected {', '.join(PLAIN)} or {', '.join(FORMATS)}")
+        return
+    else:
+        dtype = next((code for code, name in PLAIN.items() if name == format_), format_ or weight.dtype)
+        parts = [(weight, dtype, shape)]
+    for entry, dtype, needs in parts:
+        if entry.dtype != dtype or tuple(entry.shape) != tuple(needs):
+            yield f"{entry.name}: {entry.dtype}{list(entry.shape)}, expected {dtype}{list(needs)}"
+        elif entry.begin % ALIGNMENT.get(entry.dtype, 1):
+            yield (f"{entry.name}: its offset in the file, {entry.begin}, is no multiple of {ALIGNMENT[entry.dtype]}; "
+                   "write the shard again with the safetensors library")

@@ -15,12 +15,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rich import progress as bars
 
 from kjax.errors import CheckpointError
+from kjax.offload.formats import FORMATS, Quantised, decode
 from kjax.offload.store import ExpertStore
-from kjax.weights import names
+from kjax.weights.account import Source, account, expert_sources
+from kjax.weights.names import Place
 from kjax.weights.safetensors import DTYPES, ITEMSIZE, Checkpoint, TensorEntry, quote
 
-# Bytes read at a time. WORKERS readers with one finished block each in hand, every block once as stored and once as
-# wanted (at most twice as large): 2 * 4 * 3 * 32 MiB = 0.75 GiB beside the result.
+# Bytes read at a time, of quantised weights counted as fp32. WORKERS readers with one finished block each in hand,
+# every block once as stored and once as wanted (at most twice as large): 2 * 4 * 3 * 32 MiB = 0.75 GiB beside the
+# result.
 BLOCK = 32 << 20
 WORKERS = 4
 PROGRESS_FROM = 1 << 30  # bytes; what takes less than a second needs no bar
@@ -31,10 +34,10 @@ _EXPONENT = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "f
 
 
 class _Block(NamedTuple):
-    """Rows start to stop of a tensor on their way to a leaf."""
+    """Rows start to stop of a weight on their way to a leaf."""
 
-    entry: TensorEntry
-    place: names.Place
+    source: Source
+    place: Place
     start: int
     stop: int
 
@@ -43,15 +46,15 @@ def load_params(checkpoint: Checkpoint, config, abstract: Mapping, *, progress: 
     """The parameter tree that `abstract` (jax.ShapeDtypeStruct leaves) describes, filled from the checkpoint.
 
     config gives num_hidden_layers, num_moe_layers, n_routed_experts, hidden_size, moe_intermediate_size,
-    tie_word_embeddings and model_type. bf16, f16 and f32 tensors are converted to the dtype of their leaf. Raises
-    CheckpointError naming all tensors that are missing, extra or do not fit before anything is read, and the first
-    that holds NaN or Inf.
+    tie_word_embeddings, model_type and quantization. bf16, f16 and f32 tensors are converted to the dtype of their
+    leaf; quantised ones mean bf16 numbers, which are converted likewise. Raises CheckpointError naming all tensors
+    that are missing, extra or do not fit before anything is read, and the first that holds NaN or Inf.
     """
-    wanted = names.account(checkpoint, config, abstract)
-    entries = sorted((checkpoint.entry(name) for name in wanted), key=lambda entry: (str(entry.path), entry.begin))
-    blocks = [block for entry in entries for block in _blocks(entry, wanted[entry.name])]
+    wanted = account(checkpoint, config, abstract)
+    wanted.sort(key=lambda item: (str(_main(item[0]).path), _main(item[0]).begin))
+    blocks = [block for source, place in wanted for block in _blocks(source, place)]
     shapes = flatten_dict(abstract, sep="/")
-    total = sum(entry.end - entry.begin for entry in entries)
+    total = sum(_main(source).end - _main(source).begin for source, _ in wanted)
     fill = _fill_host if jax.default_backend() == "cpu" else _fill_device
     with _progress_bar(total, progress) as bar:
         task = bar.add_task("Loading weights", total=total)
@@ -67,29 +70,46 @@ def open_experts(checkpoint: Checkpoint, config, *, transport: str = "auto", che
     """
     if not config.num_moe_layers:
         return None
-    return ExpertStore(names.expert_entries(checkpoint, config), transport=transport, check=check)
+    return ExpertStore(expert_sources(checkpoint, config), transport=transport, check=check)
 
 
-def _blocks(entry: TensorEntry, place: names.Place) -> Iterator[_Block]:
-    if not math.prod(entry.shape):
+def _main(source: Source) -> TensorEntry:
+    """The tensor that holds most of a weight, in whose place it is read."""
+    return source.codes if isinstance(source, Quantised) else source
+
+
+def _blocks(source: Source, place: Place) -> Iterator[_Block]:
+    count = math.prod(source.shape)
+    if not count:
         return
-    rows = entry.shape[0] if entry.shape else 1
-    step = max(1, BLOCK * rows // (entry.end - entry.begin))
+    rows = source.shape[0] if source.shape else 1
+    itemsize = 4 if isinstance(source, Quantised) else ITEMSIZE[source.dtype]
+    step = max(1, BLOCK * rows // (count * itemsize))
     for start in range(0, rows, step):
-        yield _Block(entry, place, start, min(start + step, rows))
+        yield _Block(source, place, start, min(start + step, rows))
+
+
+def _rows(checkpoint: Checkpoint, entry: TensorEntry, start: int, stop: int, out: np.ndarray | None = None):
+    """Rows of a tensor as stored, in `out` or a new array."""
+    if out is None:
+        out = np.empty((stop - start, *entry.shape[1:]), DTYPES[entry.dtype])
+    checkpoint.read_bytes(entry, out, start * math.prod(entry.shape[1:]) * ITEMSIZE[entry.dtype])
+    return out
 
 
 def _read(checkpoint: Checkpoint, block: _Block, out: np.ndarray):
     """Fills `out` [rows, ...] with a block, converted; refuses NaN and Inf."""
-    entry, stored = block.entry, np.dtype(DTYPES[block.entry.dtype])
-    row = math.prod(entry.shape[1:]) * ITEMSIZE[entry.dtype]
-    if out.dtype == stored:
-        checkpoint.read_bytes(entry, out, block.start * row)
+    source, start, stop = block.source, block.start, block.stop
+    entry = _main(source)
+    if isinstance(source, Quantised):
+        height = FORMATS[source.format].block[0]
+        scales = _rows(checkpoint, source.scales, start // height, (stop - 1) // height + 1)
+        decode(source.format, _rows(checkpoint, entry, start, stop), scales, out, start)
+    elif out.dtype == np.dtype(DTYPES[entry.dtype]):
+        _rows(checkpoint, entry, start, stop, out)
     else:
-        raw = np.empty(out.shape, stored)
-        checkpoint.read_bytes(entry, raw, block.start * row)
         with np.errstate(over="ignore", invalid="ignore"):  # what becomes Inf is reported by name below
-            out[...] = raw.astype(out.dtype)
+            out[...] = _rows(checkpoint, entry, start, stop).reshape(out.shape).astype(out.dtype)
     unsigned, exponent = _EXPONENT[out.dtype.name]
     bad = (out.view(unsigned) & unsigned(exponent)) == exponent
     if bad.any():
@@ -134,13 +154,13 @@ def _fill_device(checkpoint, blocks, shapes, advance) -> dict[str, jax.Array]:
     arrays = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
 
     def work(block):
-        out = np.empty((block.stop - block.start, *block.entry.shape[1:]), shapes[block.place.leaf].dtype)
+        out = np.empty((block.stop - block.start, *block.source.shape[1:]), shapes[block.place.leaf].dtype)
         _read(checkpoint, block, out)
         return block, out
 
     for block, rows in _in_order(work, blocks):
         path, index = block.place.leaf, block.place.index
-        begin = (*index, block.start) + (0,) * (len(block.entry.shape) - 1)
+        begin = (*index, block.start) + (0,) * (len(block.source.shape) - 1)
         arrays[path] = _write(arrays[path], rows, np.asarray(begin, np.int32))
         # Waiting bounds the host copies in flight; the readers go on meanwhile.
         arrays[path].block_until_ready()
@@ -163,7 +183,8 @@ def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
 
 
 def _size(block: _Block) -> int:
-    return (block.stop - block.start) * math.prod(block.entry.shape[1:]) * ITEMSIZE[block.entry.dtype]
+    entry = _main(block.source)
+    return (block.stop - block.start) * math.prod(entry.shape[1:]) * ITEMSIZE[entry.dtype]
 
 
 def _progress_bar(total: int, wanted: bool) -> bars.Progress:

@@ -1,4 +1,4 @@
-"""The names of a checkpoint's tensors and their places in the stacked parameter tree; every tensor is accounted for."""
+"""The names of a checkpoint's weights, and their places in the stacked parameter tree."""
 
 import math
 import re
@@ -7,11 +7,8 @@ from dataclasses import dataclass
 
 from flax.traverse_util import flatten_dict
 
-from kjax.errors import CheckpointError
-from kjax.weights.safetensors import Checkpoint, TensorEntry, quote
+from kjax.weights.safetensors import quote
 
-READABLE = ("BF16", "F16", "F32")
-STORABLE = ("BF16", "F32")  # what the host kernels multiply as it is
 STACKS = ("dense_layers", "moe_layers")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -79,82 +76,6 @@ def skipped(name: str, config) -> str | None:
     if name == "lm_head.weight" and config.tie_word_embeddings:
         return "the output head is tied to the embedding"
     return None
-
-
-def account(checkpoint: Checkpoint, config, abstract: Mapping) -> dict[str, Place]:
-    """The place of every tensor of the checkpoint that is loaded into the tree.
-
-    Compares the checkpoint with the tree, and with the routed experts where they stay on the host, and raises
-    CheckpointError with everything that is missing, extra, misshapen or of a dtype that cannot be read.
-    """
-    wanted = places(abstract)
-    hosted = {}
-    if config.num_moe_layers and not any("/experts/" in (place.leaf or "") for place in wanted.values()):
-        hosted = {name: Place(None, (layer, expert), shape) for layer, expert, _, name, shape in experts(config)}
-    everything = wanted | hosted
-
-    present = set(checkpoint.names())
-    report = []
-    if missing := [name for name in everything if name not in present]:
-        report.append(f"missing: {grouped(missing)}")
-    if extra := [name for name in checkpoint.names() if name not in everything and skipped(name, config) is None]:
-        report.append(f"not part of this model: {grouped(extra)}")
-    entries = [checkpoint.entry(name) for name in everything if name in present]
-    report += [f"wrong shape: {line}" for line in _misshapen(entries, everything)]
-    report += [f"wrong dtype: {line}" for line in _unreadable(entries, hosted)]
-    if report:
-        quantised = any(entry.dtype not in READABLE for entry in entries)
-        raise CheckpointError(
-            f"{checkpoint.directory}: the tensors do not fit config.json (model_type {quote(config.model_type)}):\n  "
-            + "\n  ".join(report)
-            + ("\nQuantised weights are not read yet: give a BF16 copy of the checkpoint." if quantised else
-               "\nUse the config.json that belongs to these weights, or download the checkpoint again.")
-        )
-    return wanted
-
-
-def expert_entries(checkpoint: Checkpoint, config) -> list[list[dict[str, TensorEntry]]]:
-    """entries[l][e][projection] of all routed experts; raises CheckpointError naming all that do not fit."""
-    wanted = {name: Place(None, (layer, expert), shape) for layer, expert, _, name, shape in experts(config)}
-    missing = [name for name in wanted if name not in checkpoint]
-    found = [checkpoint.entry(name) for name in wanted if name in checkpoint]
-    report = [f"missing: {grouped(missing)}"] if missing else []
-    report += [f"wrong shape: {line}" for line in _misshapen(found, wanted)]
-    report += [f"wrong dtype: {line}" for line in _unreadable(found, wanted)]
-    if report:
-        raise CheckpointError(f"{checkpoint.directory}: the routed experts do not fit config.json:\n  "
-                              + "\n  ".join(report))
-    result = [[{} for _ in range(config.n_routed_experts)] for _ in range(config.num_moe_layers)]
-    for layer, expert, projection, name, _ in experts(config):
-        result[layer][expert][projection] = checkpoint.entry(name)
-    return result
-
-
-def _misshapen(entries: Iterable[TensorEntry], wanted: Mapping[str, Place]) -> list[str]:
-    by_shape = {}
-    for entry in entries:
-        if entry.shape != wanted[entry.name].shape:
-            by_shape.setdefault((entry.shape, wanted[entry.name].shape), []).append(entry.name)
-    return [f"{list(has)}, expected {list(needs)}: {grouped(found)}" for (has, needs), found in by_shape.items()]
-
-
-def _unreadable(entries: Iterable[TensorEntry], hosted: Mapping[str, Place]) -> list[str]:
-    by_dtype, host_dtypes = {}, {}
-    for entry in entries:
-        if entry.name in hosted:
-            host_dtypes.setdefault(entry.dtype, []).append(entry.name)
-        elif entry.dtype not in READABLE:
-            by_dtype.setdefault(entry.dtype, []).append(entry.name)
-    lines = [f"{dtype}, readable are {', '.join(READABLE)}: {grouped(found)}" for dtype, found in by_dtype.items()]
-    for dtype, found in host_dtypes.items():
-        if dtype not in STORABLE:
-            other = " (experts='device' reads F16)" if dtype == "F16" else ""
-            lines.append(f"{dtype}, experts on the host are {' or '.join(STORABLE)}{other}: {grouped(found)}")
-    if len(host_dtypes) > 1 and not lines:
-        minority = min(host_dtypes.values(), key=len)
-        kinds = " and ".join(f"{len(found)} {dtype}" for dtype, found in host_dtypes.items())
-        lines.append(f"{kinds} routed experts, all must be of one dtype: {grouped(minority)}")
-    return lines
 
 
 def grouped(names: Iterable[str], limit: int = 20) -> str:
