@@ -44,7 +44,7 @@ def load(
       adapter: a PEFT directory to put on the model.
       dtype: of everything outside the routed experts, and of the activations.
       experts: "host" leaves the routed experts in the mapped files and multiplies them on the CPU, in the dtype they
-        are stored in; "device" loads them as arrays, for small models.
+        are stored in (bf16, fp32, FP8 or INT4 with scales); "device" loads them as arrays, for small models.
       template: a chat template, by packaged name or .jinja file; by default the adapter's if it has one, else the
         model's own.
       transport: how compiled functions reach the host; "auto" is right.
