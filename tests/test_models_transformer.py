@@ -11,8 +11,9 @@ from make_goldens import CASES, random_params
 
 from kjax import lora
 from kjax.errors import ConfigError
-from kjax.models import Cache, ModelConfig, Transformer, attention, linears, moe, unembed
+from kjax.models import Cache, ModelConfig, Transformer, attention, linears, unembed
 from kjax.models.layers import Projection, dropout, linear, merged
+from kjax.offload import ExpertStore
 
 CONFIG = ModelConfig.from_json(CASES["v3"])
 # One adapter of each kind, for tests with dropout: random masks take long to compile.
@@ -80,25 +81,18 @@ def test_packed_rows_equal_separate_rows(params):
     assert relative_error(packed[1, 7:], separate[1, :9]) <= REGROUPED
 
 
-def test_padding_changes_nothing_and_reaches_no_expert(params, monkeypatch):
-    seen = []
-
-    def spy(gate_w, up_w, down_w, x, idx, gate):
-        jax.debug.callback(lambda idx: seen.append(np.asarray(idx)), idx)
-        return experts_ref(gate_w, up_w, down_w, x, idx, gate)
-
-    experts_ref = moe.experts_ref
-    monkeypatch.setattr(moe, "experts_ref", spy)
+def test_padding_changes_nothing_and_reaches_no_expert(params):
+    leaves = flatten_dict(params)
+    experts = [leaves.pop(("moe_layers", "mlp", "experts", name)) for name in ("gate_proj", "up_proj", "down_proj")]
     tokens, positions, segments = batch((5, 3), 16)
-    apply = jax.jit(Transformer(CONFIG).apply)
-    clean = apply({"params": params}, tokens, positions, segments)
-    dirty = apply({"params": params}, np.where(segments == 0, 90, tokens), positions, segments)
+    with ExpertStore.from_arrays(*experts) as store:
+        apply = jax.jit(Transformer(CONFIG, store=store).apply)
+        variables = {"params": unflatten_dict(leaves)}
+        clean = np.asarray(apply(variables, tokens, positions, segments))
+        routes = store.stats()["routes"]
+        dirty = np.asarray(apply(variables, np.where(segments == 0, 90, tokens), positions, segments))
     np.testing.assert_array_equal(clean[segments > 0], dirty[segments > 0])
-    jax.effects_barrier()
-    assert len(seen) == 2 * CONFIG.num_moe_layers
-    for idx in seen:
-        assert (idx[segments.ravel() == 0] == -1).all()
-        assert (idx[segments.ravel() > 0] >= 0).all()
+    assert routes == (5 + 3) * CONFIG.num_experts_per_tok * CONFIG.num_moe_layers
 
 
 def test_micro_rows_change_nothing(params):
