@@ -2,13 +2,16 @@
 
 .PHONY: demo test wheel clean
 
+# Test processes side by side; each takes up to 4 GB.
+JOBS ?= 2
+
 demo:
 	@bash scripts/setup.sh run
 	@.venv/bin/python experiments/demo.py
 
 test:
 	@bash scripts/setup.sh test
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest -n $(JOBS) $(ARGS)
 
 wheel:
 	@bash scripts/wheel.sh

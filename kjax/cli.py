@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     train = _verb(verbs, "train", _train, "fine-tune a model", gin=True)
     after = train.add_mutually_exclusive_group()
     after.add_argument("--resume", nargs="?", const=True, default=False, choices=("changed",),
-                       help="go on from the last checkpoint of Train.run_dir; `--resume changed` does so although data, "
-                       "base or a binding setting differ")
+                       help="go on from the last checkpoint of Train.run_dir; `--resume changed` does so although "
+                       "data, base or a binding setting differ")
     after.add_argument("--overwrite", action="store_true", help="replace the run in Train.run_dir")
 
     chat = _verb(verbs, "chat", _chat, "talk to a model, with or without an adapter")
