@@ -2,7 +2,7 @@
 
 .PHONY: demo test wheel clean
 
-# Test processes side by side; each takes up to 4 GB.
+# Test processes side by side, each up to 4 GB; a file stays in one, so that its fixtures are made once.
 JOBS ?= 2
 
 demo:
@@ -11,7 +11,7 @@ demo:
 
 test:
 	@bash scripts/setup.sh test
-	@.venv/bin/python -m pytest -n $(JOBS) $(ARGS)
+	@.venv/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 wheel:
 	@bash scripts/wheel.sh

@@ -61,7 +61,7 @@ def main():
         before = replies(base, None, questions)
         console.print("[bold]Before fine-tuning[/bold] the base answers plainly:")
         for question, reply in list(zip(questions, before, strict=True))[:3]:
-            console.print(f"  {question} -> {reply}", highlight=False)
+            console.print(f"  {question} -> {reply}", highlight=False, soft_wrap=True)
         run = kjax.train(config, overwrite=True)
         after = replies(base, run.adapter, questions)
     except KjaxError as error:
