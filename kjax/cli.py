@@ -123,7 +123,7 @@ def _train(args) -> int:
 
 
 def _chat(args) -> int:
-    from kjax import chat, env
+    from kjax import chat
     directory, adapter = args.model, args.adapter
     dtype, experts = args.dtype or "bfloat16", args.experts or "host"
     if args.run_dir:
@@ -132,7 +132,6 @@ def _chat(args) -> int:
         config, adapter = chat.run_settings(args.run_dir)
         directory = config.model.directory
         dtype, experts = args.dtype or config.model.dtype, args.experts or config.model.experts
-    env.check()
     from kjax.load import load
     model = load(directory, adapter=adapter, dtype=dtype, experts=experts)
 

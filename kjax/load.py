@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kjax import adapters
+from kjax import adapters, env
 from kjax.data.tokenizer import Tokenizer
 from kjax.errors import CheckpointError, ConfigError, DataError
 from kjax.generate import Generator, TextStream, check_tokens
@@ -57,6 +57,7 @@ def load(
         raise ConfigError(f"dtype = {dtype!r}: expected 'bfloat16' or 'float32'")
     if experts not in ("host", "device"):
         raise ConfigError(f"experts = {experts!r}: expected 'host' or 'device'")
+    env.check()
     with Checkpoint(directory) as checkpoint:
         config = ModelConfig.from_json(checkpoint.config_json)
         tokenizer = _tokenizer(checkpoint.directory, config, template or _template(adapter))
