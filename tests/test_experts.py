@@ -52,17 +52,29 @@ def test_bf16_store_within_its_roundings(shape, transport):
         assert cases.relative_l2(a, b) <= few * np.sqrt(roundings) * cases.RMS_BF16, name
 
 
-def test_gradients_equal_jax_grad_of_the_plain_experts(transport):
-    weights, x, idx, gate, dy = cases.problem(np.random.default_rng(3), n=19, d=32, f=24)
+def gradients(weights, x, idx, gate, dy, transport):
+    """Gradients to x and gate of a loss nonlinear in y: over the host, and by jax.grad of the plain experts."""
+    def loss(experts):
+        return lambda x, gate: jnp.sum(jnp.sin(experts(x, gate).astype(jnp.float32)) * dy)
     with cases.store(weights, transport) as store:
-        def host(x, gate):
-            return jnp.sum(jnp.sin(host_experts(store, 1, x, idx, gate)) * dy)
+        host = jax.jit(jax.grad(loss(lambda x, gate: host_experts(store, 1, x, idx, gate)), (0, 1)))(x, gate)
+        host = jax.block_until_ready(host)
+    layer = [jnp.asarray(w[1]) for w in weights]
+    plain = jax.grad(loss(lambda x, gate: experts_ref(*layer, x, idx, gate)), (0, 1))(jnp.asarray(x), gate)
+    return zip(host, plain, strict=True)
 
-        def plain(x, gate):
-            return jnp.sum(jnp.sin(experts_ref(*(w[1] for w in weights), x, idx, gate)) * dy)
 
-        for a, b in zip(jax.jit(jax.grad(host, (0, 1)))(x, gate), jax.grad(plain, (0, 1))(x, gate), strict=True):
-            assert cases.relative(a, b) <= 2 * cases.tolerance32(32, 24)  # both sides err
+def test_gradients_equal_jax_grad_of_the_plain_experts(transport):
+    problem = cases.problem(np.random.default_rng(3), n=19, d=32, f=24)
+    for a, b in gradients(*problem, transport):
+        assert cases.relative(a, b) <= 2 * cases.tolerance32(32, 24)  # both sides err
+
+
+def test_gradients_equal_jax_grad_of_the_plain_experts_in_bf16(transport):
+    """Each side rounds y, h, g, u, their gradients and dx to bf16, at places of its own: twice eight roundings."""
+    problem = cases.problem(np.random.default_rng(3), n=19, d=32, f=24, dtype=cases.BF16)
+    for a, b in gradients(*problem, transport):
+        assert a.dtype == b.dtype and cases.relative_l2(a, b) <= 2 * np.sqrt(2 * 8) * cases.RMS_BF16
 
 
 def test_fp32_activations_over_a_bf16_store():
