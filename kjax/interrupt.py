@@ -8,6 +8,8 @@ from collections.abc import Callable
 from kjax import _ext
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# The system may hand a signal to any thread, and one that another thread took does not wake a waiting main thread.
+LOOK_SECONDS = 0.1
 
 
 class Cancelled(Exception):
@@ -59,7 +61,10 @@ class Interrupts:
             return function(*args)
         self._work.put((function, args))
         while True:
-            kind, value = self._inbox.get()
+            try:
+                kind, value = self._inbox.get(timeout=LOOK_SECONDS)
+            except queue.Empty:
+                continue
             if kind == "signal":
                 self._answer(value)
             elif kind == "error":

@@ -111,7 +111,8 @@ def test_without_a_terminal_there_is_one_line_a_step():
     assert "padding 25%" in lines[1] and "host 25% / device 75%" in lines[1]
 
 
-def test_on_a_terminal_there_is_a_bar():
+def test_on_a_terminal_there_is_a_bar(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")  # whatever the tests themselves run in
     out = io.StringIO()
     with progress.StepProgress(Console(file=out, width=120, force_terminal=True), 3, 1) as bar:
         bar.begin("step 2/3")
