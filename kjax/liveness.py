@@ -144,11 +144,25 @@ def _flatten(jaxpr: core.Jaxpr) -> _Program:
             outs = [_Var(var.aval, eqn.primitive.name) for var in eqn.outvars]
             env |= zip(eqn.outvars, outs, strict=True)
             program.ops.append(_Op(eqn.primitive.name, [v for v in ins if v is not None], outs,
-                                   {**eqn.params, "_ins": ins}))
+                                   {**eqn.params, **_scan_counts(eqn), "_ins": ins}))
         return [read(var) for var in jaxpr.outvars]
 
     program.outputs = run(jaxpr, inputs)
     return program
+
+
+def _scan_counts(eqn) -> dict[str, int]:
+    """How many operands of a scan are constants and how many values it carries, told by shape alone.
+
+    What it slices or stacks has one more axis outside than inside; how its parameters say so differs between versions
+    of JAX.
+    """
+    if eqn.primitive.name != "scan":
+        return {}
+    body = eqn.params["jaxpr"].jaxpr
+    whole, carried = (sum(len(outer.aval.shape) == len(inner.aval.shape) for outer, inner in zip(*pair, strict=True))
+                      for pair in ((eqn.invars, body.invars), (eqn.outvars, body.outvars)))
+    return {"num_consts": whole - carried, "num_carry": carried}
 
 
 def _peak(program: _Program, held: Iterable[_Var], used: Sequence[bool], lazy: Iterable[_Var] = ()
