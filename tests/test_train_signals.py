@@ -112,6 +112,7 @@ from kjax import _ext
 from kjax.train import train
 original = _ext.forward
 def slow(*args):  # stands for experts that take their time
+    print("experts at work", flush=True)
     time.sleep(0.3)
     return original(*args)
 _ext.forward = slow
@@ -137,6 +138,7 @@ def test_ctrl_c_twice_stops_in_the_middle_of_a_step(tmp_path):
             raise AssertionError(f"ended without {start!r}: {lines}\n{run.stderr.read()}")
 
         read_until("saved step 2")
+        read_until("experts at work")  # of step 3: a signal between two steps would start none
         run.send_signal(signal.SIGINT)
         read_until("finishing step 3/50, about")
         run.send_signal(signal.SIGINT)
