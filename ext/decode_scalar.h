@@ -25,9 +25,13 @@ inline const uint8_t* byte_at(Format format, const Matrix& w, int64_t row, int64
 }
 
 inline int64_t scales_per_row(const ScaleBlock& block, int64_t cols) { return (cols + block.cols - 1) / block.cols; }
+inline const uint8_t* scale_ptr(Format format, const Matrix& w, int64_t row, int64_t col) {
+  const ScaleBlock& block = kScaleBlock[static_cast<int>(format)];
+  return w.scales + (row / block.rows * scales_per_row(block, w.cols) + col / block.cols) * block.bytes;
+}
 inline float scale_at(Format format, const Matrix& w, int64_t row, int64_t col) {
   const ScaleBlock& block = kScaleBlock[static_cast<int>(format)];
-  const uint8_t* p = w.scales + (row / block.rows * scales_per_row(block, w.cols) + col / block.cols) * block.bytes;
+  const uint8_t* const p = scale_ptr(format, w, row, col);
   if (block.bytes == 2) {
     uint16_t bits;
     __builtin_memcpy(&bits, p, 2);

@@ -91,18 +91,20 @@ class Pass {
     return {w, block * step, std::min(step, along_count - block * step)};
   }
 
+  bool takes_packed(const Segment& s) const { return gemm.pack && s.rows >= gemm.packed_from; }
+
   // Copies the token rows of one piece together, rounded to the operand type, and packs them where `along` wants that.
   void gather(const Worker& worker, const void* from, const Memory& rows, int64_t task, bool for_along) const {
     const Piece& piece = routing.pieces[task];
     const Segment& s = routing.segments[piece.segment];
     const int64_t length = row_length(width);
-    const bool packed = for_along && gemm.pack;
+    const bool packed = for_along && takes_packed(s);
     std::byte* const to = packed ? worker.scratch.data() + staging_offset() : row(rows, s.slot + piece.row, length);
     for (int64_t r = 0; r < piece.rows; ++r)
       elementwise.convert(static_cast<const std::byte*>(from) +
                               static_cast<size_t>(routing.token[s.first + piece.row + r] * width) * size_of(call.dtype),
                           call.dtype, to + r * length * size_of(type), type, width, length - width);
-    if (packed) gemm.pack(to, length, piece.rows, piece.row, s.rows, 0, width, row(rows, s.slot, length));
+    if (packed) gemm.pack(to, length, piece.rows, piece.row, s.rows, 0, width, row(rows, s.slot, length), length);
     gathered[piece.segment].fetch_add(static_cast<int32_t>(piece.rows), std::memory_order_release);
   }
 
@@ -135,7 +137,7 @@ class Pass {
     product.c = cu;
     multiply_along(product);
 
-    const bool packed = h && gemm.pack;
+    const bool packed = h && takes_packed(s);
     const int64_t h_length = packed ? row_length(gate.count) : row_length(hidden);
     std::byte* const h_rows = !h       ? nullptr
                               : packed ? worker.scratch.data() + staging_offset()
@@ -147,7 +149,8 @@ class Pass {
                          h ? h_rows + r * h_length * size_of(type) : nullptr, type);
     }
     if (packed)
-      gemm.pack(h_rows, h_length, s.rows, 0, s.rows, gate.first, gate.count, row(*h, s.slot, row_length(hidden)));
+      gemm.pack(h_rows, h_length, s.rows, 0, s.rows, gate.first, gate.count, row(*h, s.slot, row_length(hidden)),
+                row_length(hidden));
   }
   void multiply_along(const Product& product) const { gemm.along[static_cast<int>(store.format)](product); }
   void multiply_across(const Product& product) const { gemm.across[static_cast<int>(store.format)](product); }

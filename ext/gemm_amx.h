@@ -2,7 +2,6 @@
 // per segment; backward: operand rows are A as they are, stored rows B, two interleaved. Included inside an unnamed
 // namespace.
 
-constexpr int64_t kTile = 512;   // bf16 of one operand tile: 16 rows of 32, or 16 pairs of rows of 16
 constexpr int64_t kDepth = 512;  // reduction per block of `along`: 32 stored rows are 32 KB of L1 and met by all tokens
 constexpr int64_t kAcrossDepth =
     128;  // rows 4 KB apart share one 32nd of L2: this many, and as many prefetched, take 8 of its 16 ways
@@ -20,17 +19,12 @@ void end() { tile_release(); }
 // on, into tiles [column block][row block] of [16 pairs][16 rows][2], zeros beyond `count` rows and in the rows' own
 // padding.
 void pack(const void* from, int64_t lda, int64_t count, int64_t first, int64_t rows, int64_t k, int64_t depth,
-          void* packed) {
+          void* packed, int64_t) {
   const int64_t across_tiles = blocks_of(rows, 16);
   for (int64_t r = 0; r < count; r += 16)
     for (int64_t i = 0; i < depth; i += 32) {
-      __m512i lines[16];
-      for (int64_t j = 0; j < 16; ++j)
-        lines[j] = r + j < count ? _mm512_loadu_si512(static_cast<const uint16_t*>(from) + (r + j) * lda + i)
-                                 : _mm512_setzero_si512();
-      transpose(lines);
-      uint16_t* tile = static_cast<uint16_t*>(packed) + ((k + i) / 32 * across_tiles + (first + r) / 16) * kTile;
-      for (int64_t j = 0; j < 16; ++j) _mm512_store_si512(tile + j * 32, lines[j]);
+      uint16_t* const tile = static_cast<uint16_t*>(packed) + ((k + i) / 32 * across_tiles + (first + r) / 16) * kTile;
+      pack_tile(static_cast<const uint16_t*>(from) + r * lda + i, lda, count - r, tile);
     }
 }
 
@@ -126,13 +120,20 @@ inline void four_by_one(const Operand (&stored)[4], const Operand& tokens, int64
 constexpr int64_t kTicks = 4;  // per step, in both
 
 // 16 stored rows x depth weights as tiles [depth / 32][16][32] in scratch; rows from `last` on and columns beyond are
-// zeros.
+// finite.
 template <Format F>
-void along_tiles(const Matrix& w, int64_t row, int64_t last, int64_t k, int64_t depth, uint16_t* tiles) {
-  for (int64_t j = 0; j < 16; ++j)
-    for (int64_t i = 0; i < depth; i += 32)
-      _mm512_store_si512(tiles + i * 16 + j * 32,
-                         row + j < last ? Decode<F>::load32(w, row + j, k + i, depth - i) : _mm512_setzero_si512());
+void along_tiles(const Matrix& w, const Tables<F>& tables, int64_t row, int64_t last, int64_t k, int64_t depth,
+                 uint16_t* tiles) {
+  for (int64_t i = 0; i < depth; i += kBlock)
+    for (int64_t j = 0; j < 16; ++j) {
+      const int64_t r = row + j < last ? row + j : last - 1;
+      const auto scale = tables.scale(w, r, k + i);
+      for (int64_t c = 0; c < kBlock && c < depth - i; c += 64) {
+        const Weights weights = Decode<F>::load(scale, byte_at(F, w, r, k + i), c, depth - i - c);
+        _mm512_store_si512(tiles + (i + c) * 16 + j * 32, weights.low);
+        _mm512_store_si512(tiles + (i + c + 32) * 16 + j * 32, weights.high);
+      }
+    }
 }
 
 template <Format F>
@@ -140,6 +141,7 @@ void along(const Product& p) {
   uint16_t* const tiles = reinterpret_cast<uint16_t*>(p.scratch);  // [4][kSteps] stored tiles
   float* const results =
       reinterpret_cast<float*>(tiles + 4 * kSteps * kTile);  // [4][token tiles] of [16 stored rows][16 tokens]
+  std::byte* const room = reinterpret_cast<std::byte*>(results + kLine * kMaxRows);
   const Matrix& w = p.strip.matrix;
   const int64_t token_tiles = blocks_of(p.rows, 16), last = p.strip.first + p.strip.count;
   const uint16_t* const tokens = static_cast<const uint16_t*>(p.a);
@@ -148,12 +150,13 @@ void along(const Product& p) {
     const int64_t depth = w.cols - k < kDepth ? w.cols - k : kDepth, steps = blocks_of(depth, 32);
     // In place where the rows are operands already, all of them exist, and whole tiles of them do.
     const bool in_place = Decode<F>::kInPlace && p.strip.count == kLine && depth % 32 == 0;
+    const Tables<F> tables(w, p.strip.first, p.strip.count, k, depth, room);
     Operand stored[4];
     for (int64_t j = 0; j < 4; ++j) {
       if (in_place) {
         stored[j] = {w.data + ((p.strip.first + 16 * j) * w.cols + k) * 2, w.cols * 2, 64};
       } else {
-        along_tiles<F>(w, p.strip.first + 16 * j, last, k, depth, tiles + j * kSteps * kTile);
+        along_tiles<F>(w, tables, p.strip.first + 16 * j, last, k, depth, tiles + j * kSteps * kTile);
         stored[j] = {tiles + j * kSteps * kTile, 64, kTile * 2};
       }
     }
@@ -175,33 +178,27 @@ void along(const Product& p) {
   }
   tile_fence();
   for (int64_t j = 0; j < 4; ++j)
-    for (int64_t t = 0; t < token_tiles; ++t) {
-      __m512i lines[16];
-      for (int64_t i = 0; i < 16; ++i) lines[i] = _mm512_load_si512(result(j, t) + i * 16);
-      transpose(lines);
-      for (int64_t i = 0; i < 16 && t * 16 + i < p.rows; ++i) {
-        float* const c = p.c + (t * 16 + i) * p.ldc + j * 16;
-        const __m512 sum = _mm512_castsi512_ps(lines[i]);
-        _mm512_storeu_ps(c, p.add ? _mm512_add_ps(_mm512_loadu_ps(c), sum) : sum);
-      }
-    }
+    for (int64_t t = 0; t < token_tiles; ++t)
+      unpack_sums(result(j, t), 16, p.rows - t * 16, p.c + t * 16 * p.ldc + j * 16, p.ldc, p.add);
 }
 
 template <Format F>
 void across(const Product& p) {
   uint16_t* const panel = reinterpret_cast<uint16_t*>(p.scratch);  // [columns / 64][steps * 16 pairs][64][2]
+  std::byte* const room = p.scratch + kAcrossDepth * 4 * kLine * sizeof(uint16_t);
   const Matrix& w = p.strip.matrix;
   const int64_t token_tiles = blocks_of(p.rows, 16), lines = blocks_of(p.strip.count, kLine);
   for (int64_t k = 0; k < w.rows; k += kAcrossDepth) {
     const int64_t depth = w.rows - k < kAcrossDepth ? w.rows - k : kAcrossDepth, steps = blocks_of(depth, 32),
                   pairs = steps * 16;
-    across_panel<F>(w, k, depth, p.strip.first, p.strip.count, panel, pairs);
     const bool more = k + kAcrossDepth < w.rows;
     const Strip& s = more ? p.strip : p.next;
     const int64_t from = more ? k + kAcrossDepth : 0,
                   n = s.matrix.rows - from < kAcrossDepth ? s.matrix.rows - from : kAcrossDepth;
     Prefetch prefetch(byte_at(F, s.matrix, from, s.first), row_bytes(F, s.matrix.cols), bytes_of(F, s.count), n,
-                      token_tiles * lines * steps * kTicks);
+                      across_ticks(p.strip.count, pairs) + token_tiles * lines * steps * kTicks);
+    const Tables<F> tables(w, k, depth, p.strip.first, p.strip.count, room);
+    across_panel<F>(w, tables, k, depth, p.strip.first, p.strip.count, panel, pairs, prefetch);
     const bool add = p.add || k > 0;
     const auto token = [&](int64_t t) {
       return Operand{static_cast<const uint16_t*>(p.a) + t * 16 * p.lda + k, p.lda * 2, 64};

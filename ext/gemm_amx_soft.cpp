@@ -9,13 +9,14 @@ namespace kjax {
 namespace {
 
 #include "simd_avx512.h"
-#include "decode_avx512.h"
+#include "token_tiles.h"
 #include "prefetch.h"
+#include "decode_avx512.h"
 #include "tile.h"
 #include "gemm_amx.h"
 
 }  // namespace
 
-const Gemm kAmxSoftGemm = {"amx_soft", kLine, 4 * kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), pack, begin, end};
+const Gemm kAmxSoftGemm = {"amx_soft", kLine, 4 * kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), pack, 1, begin, end};
 
 }  // namespace kjax

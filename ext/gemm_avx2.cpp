@@ -85,7 +85,7 @@ inline void store_bf16_n(uint16_t* p, V v, int64_t n) {
 }  // namespace
 
 const FloatKernels kAvx2Kernels = {
-    {"avx2", kLine, kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, nullptr, nullptr},
+    {"avx2", kLine, kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, 0, nullptr, nullptr},
     {convert, swiglu, swiglu_backward, add_scaled}};
 
 }  // namespace kjax

@@ -22,7 +22,7 @@ inline void transpose(V (&b)[kLanes]) {
 }  // namespace
 
 const FloatKernels kAvx512Kernels = {
-    {"avx512", kLine, kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, nullptr, nullptr},
+    {"avx512", kLine, kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, 0, nullptr, nullptr},
     {convert, swiglu, swiglu_backward, add_scaled}};
 
 }  // namespace kjax

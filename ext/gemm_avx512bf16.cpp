@@ -8,14 +8,16 @@ namespace kjax {
 namespace {
 
 #include "simd_avx512.h"
-#include "decode_avx512.h"
+#include "token_tiles.h"
 #include "prefetch.h"
+#include "decode_avx512.h"
 
-// From this many rows on, transposing a panel costs less than the dot kernel's weaker reuse (measured: anywhere
-// in 32..96).
-constexpr int64_t kPanelRows = 96;
-constexpr int64_t kDotDepth = 2048;    // long enough that one horizontal sum per 4 x 6 block is below 3 %
-constexpr int64_t kAlongDepth = 2048;  // a panel of 64 columns is 256 KB of L2
+// What is left over after whole tiles of 16 tokens goes through the dot kernel up to this many rows; more are padded to
+// a tile.
+constexpr int64_t kDotRows = 10;
+constexpr int64_t kDepth = 2048;       // along: reduction per block; long enough that one horizontal sum per 4 x 6
+                                       // block of the dot kernel is below 3 %
+constexpr int64_t kTileDepth = 256;    // of it, per visit of the tiles: 48 tokens are 24 KB of L1
 constexpr int64_t kAcrossDepth = 256;  // a panel of 256 columns is 128 KB of L2
 
 inline const uint16_t* operands(const Product& p, int64_t row, int64_t k) {
@@ -149,12 +151,71 @@ void multiply_panel(const Product& p, int64_t k, const uint16_t* panel, int64_t 
   });
 }
 
+// C^T [R stored rows, 16 J tokens] (+)= W [R, 32 steps] x tiles of tokens [steps][.][16 pairs][16][2], `step` apart
+template <int R, int J>
+void token_tile(const uint16_t* w, int64_t stride, const uint16_t* tokens, int64_t step, int64_t steps, float* c,
+                int64_t ldc, bool add, Prefetch& prefetch) {
+  __m512 sum[R][J];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < J; ++j) sum[i][j] = add ? _mm512_load_ps(c + i * ldc + j * 16) : _mm512_setzero_ps();
+  for (int64_t s = 0; s < steps; ++s, tokens += step) {
+    prefetch.tick();
+    for (int64_t q = 0; q < 16; ++q, w += 2) {
+      __m512bh x[J];
+#pragma GCC unroll 3
+      for (int j = 0; j < J; ++j) x[j] = as_bf16(_mm512_load_si512(tokens + j * kTile + q * 32));
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) {
+        int pair;
+        __builtin_memcpy(&pair, w + i * stride, 4);
+        const __m512bh y = as_bf16(_mm512_set1_epi32(pair));
+#pragma GCC unroll 3
+        for (int j = 0; j < J; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], y, x[j]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < J; ++j) _mm512_store_ps(c + i * ldc + j * 16, sum[i][j]);
+}
+
+// Tiles of tokens in the packed part of a segment's operand rows, and the rows left over behind it.
+inline int64_t token_tiles(int64_t rows) { return rows / 16 + (rows % 16 > kDotRows); }
+inline int64_t left_over(int64_t rows) { return rows % 16 > kDotRows ? 0 : rows % 16; }
+
+// Layout of `along`: tiles [column block of 32][tile of tokens][16 pairs][16 rows][2], zeros beyond the last row; what
+// is left over follows as rows.
+void pack(const void* from, int64_t lda, int64_t count, int64_t first, int64_t rows, int64_t k, int64_t depth,
+          void* packed, int64_t length) {
+  const int64_t tiles = token_tiles(rows);
+  for (int64_t r = 0; r < count; r += 16) {
+    const uint16_t* const source = static_cast<const uint16_t*>(from) + r * lda;
+    const int64_t n = count - r < 16 ? count - r : 16, tile = (first + r) / 16;
+    if (tile < tiles) {
+      for (int64_t i = 0; i < depth; i += 32)
+        pack_tile(source + i, lda, n, static_cast<uint16_t*>(packed) + ((k + i) / 32 * tiles + tile) * kTile);
+    } else {
+      for (int64_t j = 0; j < n; ++j)
+        __builtin_memcpy(static_cast<uint16_t*>(packed) + (first + r + j) * length + k, source + j * lda,
+                         static_cast<size_t>((depth + 31) / 32 * 64));
+    }
+  }
+}
+
+// Few rows: four stored rows at a time.
 template <Format F>
-void along_dot(const Product& p) {
-  const int64_t k_end = p.strip.matrix.cols, blocks = (k_end + kDotDepth - 1) / kDotDepth;
-  const int64_t step = (k_end / blocks + 127) / 128 * 128, groups = (p.strip.count + 3) / 4,
+void along_few(const Product& p) {
+  const Matrix& w = p.strip.matrix;
+  const int64_t k_end = w.cols, blocks = (k_end + kDepth - 1) / kDepth;
+  const int64_t step = (k_end / blocks + kBlock - 1) / kBlock * kBlock, groups = (p.strip.count + 3) / 4,
                 units = (k_end + step - 1) / step * groups;
   const int64_t ahead = p.rows <= 6 ? 4 : p.rows <= 12 ? 2 : 1;  // fewer rows, less time per group of four stored rows
+  uint16_t* const decoded = reinterpret_cast<uint16_t*>(p.scratch);
+  constexpr int64_t kStride = kDepth + 32;  // rows 4 KB apart would share L1 sets
+  const Tables<F> tables(w, p.strip.first, p.strip.count, 0, k_end, p.scratch + 4 * kStride * sizeof(uint16_t));
   for (int64_t u = 0; u < units; ++u) {
     // The group `ahead` of this one, in this strip or the next.
     const bool here = u + ahead < units;
@@ -165,68 +226,107 @@ void along_dot(const Product& p) {
     const int64_t later_rows = s.count - later < 4 ? s.count - later : 4;
     Prefetch prefetch(byte_at(F, s.matrix, s.first + later, later_k), row_bytes(F, s.matrix.cols),
                       bytes_of(F, later_depth), later_k < s.matrix.cols && later_rows > 0 ? later_rows : 0,
-                      tiles(p.rows) * (depth / 32));
-    const uint16_t* w[4];
-    for (int64_t j = 0; j < 4; ++j) {
-      const int64_t row =
-          p.strip.first +
-          (col + j < p.strip.count ? col + j : p.strip.count - 1);  // a repeated row fills up the last four
-      if constexpr (Decode<F>::kInPlace) {
-        w[j] = reinterpret_cast<const uint16_t*>(byte_at(F, p.strip.matrix, row, k));
-      } else {
-        uint16_t* const decoded =
-            reinterpret_cast<uint16_t*>(p.scratch) + j * (kDotDepth + 32);  // rows 4 KB apart would share L1 sets
-        for (int64_t i = 0; i < depth; i += 32)
-          _mm512_storeu_si512(decoded + i, Decode<F>::load32(p.strip.matrix, row, k + i, depth - i));
-        w[j] = decoded;
-      }
+                      tiles(p.rows) * (depth / 32) + (Decode<F>::kInPlace ? 0 : decode_ticks(4, depth)));
+    const int64_t rows = p.strip.count - col < 4 ? p.strip.count - col : 4;
+    const uint16_t* four[4];
+    if constexpr (!Decode<F>::kInPlace) 
+      decode_rows(w, tables, p.strip.first + col, rows, k, depth, decoded, kStride, prefetch);
+    for (int64_t j = 0; j < 4; ++j) {  // a repeated row fills up the last four
+      const int64_t row = j < rows ? j : rows - 1;
+      four[j] = Decode<F>::kInPlace
+                    ? reinterpret_cast<const uint16_t*>(byte_at(F, w, p.strip.first + col + row, k))
+                    : decoded + row * kStride;
     }
     for_tiles(p.rows, [&]<int R>(int64_t r) {
-      dot_tile<R>(operands(p, r, k), p.lda, w, depth, p.c + r * p.ldc + col, p.ldc, p.add || k > 0, prefetch);
+      dot_tile<R>(operands(p, r, k), p.lda, four, depth, p.c + r * p.ldc + col, p.ldc, p.add || k > 0, prefetch);
     });
   }
 }
 
 template <Format F>
 void along(const Product& p) {
-  if (p.rows < kPanelRows) return along_dot<F>(p);
-  uint16_t* const panel = reinterpret_cast<uint16_t*>(p.scratch);
+  const int64_t tokens = token_tiles(p.rows), left = left_over(p.rows);
+  if (!tokens) return along_few<F>(p);
   const Matrix& w = p.strip.matrix;
-  for (int64_t k = 0; k < w.cols; k += kAlongDepth) {
-    const int64_t depth = w.cols - k < kAlongDepth ? w.cols - k : kAlongDepth, pairs = (depth + 1) / 2;
-    for (int64_t c = 0; c < kLine; c += 16)
-      along_panel<F>(w, p.strip.first + c, p.strip.first + p.strip.count, k, depth, panel + c * 2);
-    const bool more = k + kAlongDepth < w.cols;
+  constexpr int64_t kStride = kDepth + 32;
+  uint16_t* const decoded = reinterpret_cast<uint16_t*>(p.scratch);  // [64][kStride]
+  float* const sums = reinterpret_cast<float*>(decoded + kLine * kStride);  // C^T [64][16 tokens]
+  const int64_t ldc = tokens * 16, groups = (p.strip.count + 15) / 16 * 16;
+  std::byte* const room = reinterpret_cast<std::byte*>(sums + kLine * kMaxRows);
+  const uint16_t* const packed = static_cast<const uint16_t*>(p.a);
+  for (int64_t k = 0; k < w.cols; k += kDepth) {
+    const int64_t depth = w.cols - k < kDepth ? w.cols - k : kDepth, steps = (depth + 31) / 32;
+    const bool more = k + kDepth < w.cols;
     const Strip& s = more ? p.strip : p.next;
-    const int64_t from = more ? k + kAlongDepth : 0,
-                  n = s.matrix.cols - from < kAlongDepth ? s.matrix.cols - from : kAlongDepth;
+    const int64_t from = more ? k + kDepth : 0, n = s.matrix.cols - from < kDepth ? s.matrix.cols - from : kDepth;
+    // In place where the rows are operands already, all of them exist, and so do whole tiles of them.
+    const bool in_place = Decode<F>::kInPlace && p.strip.count == groups && depth % 32 == 0;
+    const int64_t visits = tokens == 1 ? groups / 16 : (tokens + 2) / 3 * groups / 8;
     Prefetch prefetch(byte_at(F, s.matrix, s.first, from), row_bytes(F, s.matrix.cols), bytes_of(F, n), s.count,
-                      tiles(p.rows) * pairs);
-    multiply_panel(p, k, panel, pairs, 0, prefetch);
+                      (visits + tiles(left) * groups / 4) * steps + (in_place ? 0 : decode_ticks(p.strip.count, depth)));
+    const uint16_t* rows = decoded;
+    int64_t stride = kStride;
+    if (in_place) {
+      rows = reinterpret_cast<const uint16_t*>(byte_at(F, w, p.strip.first, k));
+      stride = w.cols;
+    } else {
+      const Tables<F> tables(w, p.strip.first, p.strip.count, k, depth, room);
+      decode_rows(w, tables, p.strip.first, p.strip.count, k, depth, decoded, kStride, prefetch);
+    }
+    for (int64_t i = 0; i < steps; i += kTileDepth / 32) {
+      const int64_t some = steps - i < kTileDepth / 32 ? steps - i : kTileDepth / 32;
+      for (int64_t t = 0; t < tokens;) {
+        const uint16_t* const x = packed + ((k / 32 + i) * tokens + t) * kTile;
+        const int64_t wide = tokens - t == 4 || tokens - t == 2 ? 2 : tokens - t == 1 ? 1 : 3;  // not 3 + 1
+        for (int64_t g = 0; g < groups; g += wide == 1 ? 16 : 8) {
+          float* const c = sums + g * ldc + t * 16;
+          const uint16_t* const y = rows + g * stride + i * 32;
+          const bool add = k + i > 0;
+          if (wide == 3) token_tile<8, 3>(y, stride, x, tokens * kTile, some, c, ldc, add, prefetch);
+          else if (wide == 2) token_tile<8, 2>(y, stride, x, tokens * kTile, some, c, ldc, add, prefetch);
+          else token_tile<16, 1>(y, stride, x, tokens * kTile, some, c, ldc, add, prefetch);
+        }
+        t += wide;
+      }
+    }
+    if (left)
+      for (int64_t g = 0; g < p.strip.count; g += 4) {
+        const uint16_t* four[4];
+        for (int64_t j = 0; j < 4; ++j) four[j] = rows + (g + j < p.strip.count ? g + j : p.strip.count - 1) * stride;
+        for_tiles(left, [&]<int R>(int64_t r) {
+          const int64_t row = tokens * 16 + r;
+          dot_tile<R>(operands(p, row, k), p.lda, four, depth, p.c + row * p.ldc + g, p.ldc, p.add || k > 0, prefetch);
+        });
+      }
   }
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t g = 0; g < groups; g += 16)
+      unpack_sums(sums + g * ldc + t * 16, ldc, p.rows - t * 16, p.c + t * 16 * p.ldc + g, p.ldc, p.add);
 }
 
 template <Format F>
 void across(const Product& p) {
   uint16_t* const panel = reinterpret_cast<uint16_t*>(p.scratch);
+  std::byte* const room = p.scratch + kAcrossDepth * 4 * kLine * sizeof(uint16_t);
   const Matrix& w = p.strip.matrix;
   for (int64_t k = 0; k < w.rows; k += kAcrossDepth) {
     const int64_t depth = w.rows - k < kAcrossDepth ? w.rows - k : kAcrossDepth, pairs = (depth + 1) / 2;
-    across_panel<F>(w, k, depth, p.strip.first, p.strip.count, panel, pairs);
     const bool more = k + kAcrossDepth < w.rows;
     const Strip& s = more ? p.strip : p.next;
     const int64_t from = more ? k + kAcrossDepth : 0,
                   n = s.matrix.rows - from < kAcrossDepth ? s.matrix.rows - from : kAcrossDepth;
     const int64_t lines = (p.strip.count + kLine - 1) / kLine;
     Prefetch prefetch(byte_at(F, s.matrix, from, s.first), row_bytes(F, s.matrix.cols), bytes_of(F, s.count), n,
-                      tiles(p.rows) * pairs * lines);
+                      across_ticks(p.strip.count, pairs) + tiles(p.rows) * pairs * lines);
+    const Tables<F> tables(w, k, depth, p.strip.first, p.strip.count, room);
+    across_panel<F>(w, tables, k, depth, p.strip.first, p.strip.count, panel, pairs, prefetch);
     for (int64_t c = 0; c < p.strip.count; c += kLine) multiply_panel(p, k, panel + c * pairs * 2, pairs, c, prefetch);
   }
 }
 
 }  // namespace
 
-const Gemm kAvx512Bf16Gemm = {"avx512bf16",         kLine,   4 * kLine, KJAX_FORMATS(along),
-                              KJAX_FORMATS(across), nullptr, nullptr,   nullptr};
+const Gemm kAvx512Bf16Gemm = {"avx512bf16",         kLine, 4 * kLine, KJAX_FORMATS(along),
+                              KJAX_FORMATS(across), pack, kDotRows + 1, nullptr, nullptr};
 
 }  // namespace kjax
