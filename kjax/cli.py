@@ -14,6 +14,8 @@ EXIT_SIGINT = 130  # 128 + SIGINT, as shells count
 
 GIN_HELP = "--gin.NAME=VALUE (repeatable) binds a setting (Lora.rank) or a macro (RANK) after the files"
 
+AGAIN = "after an interruption the same command goes on from DIR.partial"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code. KJAX_DEBUG=1 shows the traceback of an error."""
@@ -92,14 +94,22 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--check", action="store_true", help=f"exit with {EXIT_WRONG} where the run does not fit")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
+    quantize = _verb(verbs, "quantize", _quantize, "write a checkpoint whose routed experts have 8 or 4 bits",
+                     example="kjax quantize --model DeepSeek-V3 --format int4 --out DeepSeek-V3-int4")
+    quantize.add_argument("--model", metavar="DIR", required=True, help="a checkpoint in bf16 or FP8; never changed")
+    quantize.add_argument("--format", required=True, choices=("int8", "int4"),
+                          help="int8: groups of 128; int4: groups of 32, the layout of Kimi-K2-Thinking")
+    quantize.add_argument("--out", metavar="DIR", required=True, help=f"a new directory; {AGAIN}")
+
     env = _verb(verbs, "env", _env, "this machine and installation: versions, kernels, memory, GPU")
     env.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
-def _verb(verbs, name: str, run, text: str, gin: bool = False) -> argparse.ArgumentParser:
+def _verb(verbs, name: str, run, text: str, gin: bool = False, example: str = "") -> argparse.ArgumentParser:
     parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
-                              epilog=GIN_HELP if gin else None, allow_abbrev=False)
+                              epilog=GIN_HELP if gin else f"example: {example}" if example else None,
+                              allow_abbrev=False)
     parser.set_defaults(run=run)
     if gin:
         parser.add_argument("--gin_file", action="append", default=[], metavar="FILE",
@@ -178,6 +188,12 @@ def _plan(args) -> int:
     else:
         result.print()
     return EXIT_WRONG if args.check and not result.fits else 0
+
+
+def _quantize(args) -> int:
+    from kjax.quantize import quantize
+    print(quantize(args.model, args.out, args.format))
+    return 0
 
 
 def _env(args) -> int:

@@ -22,6 +22,7 @@ class Quantization:
 FP8_BLOCK = Quantization("fp8_block", "", "_scale_inv")
 FP8_CHANNEL = Quantization("fp8_channel", "", "_scale")
 INT4_GROUP = Quantization("int4_group32", "_packed", "_scale", "_shape")
+INT8_GROUP = Quantization("int8_group128", "", "_scale")
 
 
 def read(keys) -> Quantization | None:
@@ -49,6 +50,8 @@ def read(keys) -> Quantization | None:
 _WEIGHTS = {
     "pack-quantized": ({"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
                        INT4_GROUP),
+    "int-quantized": ({"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128},
+                      INT8_GROUP),
     "float-quantized": ({"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}, FP8_CHANNEL),
 }  # fmt: skip
 

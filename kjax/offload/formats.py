@@ -78,10 +78,12 @@ class Quantised:
 BAND = 128  # rows decoded at a time: a multiple of every block's, and little memory beside the result
 
 
-def decode(format_: str, codes: np.ndarray, scales: np.ndarray, out: np.ndarray, first: int = 0):
+def decode(format_: str, codes: np.ndarray, scales: np.ndarray, out: np.ndarray, first: int = 0, *,
+           exact: bool = False):
     """Fills `out` [rows, in] with rows `first`, `first` + 1, ... of a weight, rounded to bf16 whatever out.dtype is.
 
     codes: these rows as stored.  scales: those of the rows' blocks, from that of row `first` on.
+    exact: leave the products as they are in fp32, for whoever makes codes of them again.
     """
     made = FORMATS[format_]
     rows, columns = made.block[0], made.block[1] or out.shape[1]
@@ -91,7 +93,8 @@ def decode(format_: str, codes: np.ndarray, scales: np.ndarray, out: np.ndarray,
             band = slice(start, start + BAND)
             numbers = _numbers(codes[band], made)[:, :out.shape[1]]
             spread = np.repeat(scales.astype(np.float32)[of_row[band]], columns, axis=1)[:, :out.shape[1]]
-            out[band] = (numbers * spread).astype(ml_dtypes.bfloat16).astype(out.dtype)
+            product = numbers * spread
+            out[band] = product if exact else product.astype(ml_dtypes.bfloat16).astype(out.dtype)
 
 
 _FP8 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)

@@ -210,6 +210,8 @@ class Checkpoint:
 
     Opening reads the headers only (each shard is opened once and stays open); tensors are read when asked for.
     Use it as a context manager or call `close()`.
+
+    Attributes: directory; shards: file name -> the file's path, links resolved.
     """
 
     def __init__(self, directory: str | os.PathLike):
@@ -229,7 +231,7 @@ class Checkpoint:
     def _open_shards(self):
         weight_map = self._weight_map()
         names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
-        paths = {name: inside(self.directory, name) for name in names}
+        self.shards = paths = {name: inside(self.directory, name) for name in names}
         shard_of = {path: name for name, path in paths.items()}  # a hub cache resolves names to hashes
         missing = [name for name, path in paths.items() if not path.exists()]
         if missing:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 from flax.traverse_util import flatten_dict
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from kjax.errors import CheckpointError
 from kjax.weights import names
 from kjax.weights.safetensors import INDEX, SINGLE
+from kjax.weights.writer import Part, in_memory, write_error, write_file
 
 
 def save_checkpoint(directory: str | os.PathLike, params: Mapping, config_json: Mapping, *, shards: int = 1) -> Path:
@@ -32,22 +31,22 @@ def save_checkpoint(directory: str | os.PathLike, params: Mapping, config_json: 
     if not 1 <= shards <= len(places):
         raise ValueError(f"shards = {shards}: must be between 1 and the number of tensors, {len(places)}")
 
-    files: dict[str, dict[str, np.ndarray]] = {}
+    files: dict[str, list[Part]] = {}
     weight_map, written = {}, 0
     for number, (name, place) in enumerate(places.items()):
         # By bytes, but so that every shard gets at least one tensor.
         shard = min(max(shards * written // max(total, 1), number - (len(places) - shards)), shards - 1, number)
         file = SINGLE if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        files.setdefault(file, {})[name] = np.ascontiguousarray(leaves[place.leaf][place.index])
+        files.setdefault(file, []).append(in_memory(name, leaves[place.leaf], place.index))
         weight_map[name], written = file, written + sizes[name]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for file, tensors in files.items():
-            save_file(tensors, directory / file, metadata={"format": "pt"})
+        for file, parts in files.items():
+            write_file(directory / file, parts)
         if shards > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (directory / INDEX).write_text(json.dumps(index, indent=2))
         (directory / "config.json").write_text(json.dumps(dict(config_json), indent=2) + "\n")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{directory}: cannot be written ({error}); free space or give another place") from error
+    except OSError as error:
+        raise write_error(directory, error) from error
     return directory
