@@ -7,6 +7,8 @@ namespace kjax {
 namespace {
 
 constexpr int kLanes = 8, kRows = 6, kVectors = 2;
+constexpr int64_t kDepth = 256;        // a tile's 16 columns of the panel are 16 KB of L1
+constexpr int64_t kWidth = 2 * kLine;  // and a panel of 128 columns is 128 KB of L2
 struct V {
   __m256 v;
 };
@@ -55,6 +57,39 @@ inline void transpose(V (&b)[kLanes]) {
 
 #include "decode_scalar.h"
 
+inline V from_bits(__m256i bits) { return {_mm256_castsi256_ps(bits)}; }
+inline __m256i to_bits(V v) { return _mm256_castps_si256(v.v); }
+inline V bits_of(int bits) { return from_bits(_mm256_set1_epi32(bits)); }
+inline V add_bits(V a, V b) { return from_bits(_mm256_add_epi32(to_bits(a), to_bits(b))); }
+inline V lowest_kept_bit(V v) {
+  return from_bits(_mm256_and_si256(_mm256_srli_epi32(to_bits(v), 16), _mm256_set1_epi32(1)));
+}
+inline V low_half(V v) { return from_bits(_mm256_slli_epi32(to_bits(v), 16)); }
+inline V high_half(V v) {
+  return from_bits(_mm256_and_si256(to_bits(v), _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+}
+inline V load_int8(const uint8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+inline V load_int4(const uint8_t* p) {
+  int packed;
+  __builtin_memcpy(&packed, p, 4);
+  const __m256i shifted = _mm256_srlv_epi32(_mm256_set1_epi32(packed), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+  const __m256i codes = _mm256_and_si256(shifted, _mm256_set1_epi32(15));
+  return {_mm256_cvtepi32_ps(_mm256_sub_epi32(codes, _mm256_set1_epi32(8)))};
+}
+// Exponents are moved to their place; subnormals are read as if they had the leading bit, which is then taken off.
+inline V load_e4m3(const uint8_t* p) {
+  const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi32(127));
+  const __m256i subnormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude);
+  const __m256i leading = _mm256_or_si256(magnitude, _mm256_and_si256(subnormal, _mm256_set1_epi32(8)));
+  const __m256i bits = _mm256_add_epi32(_mm256_slli_epi32(leading, 20), _mm256_set1_epi32(120 << 23));
+  const __m256 taken = _mm256_and_ps(_mm256_castsi256_ps(subnormal), _mm256_set1_ps(0.015625f));
+  const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(code, 7), 31);
+  return {_mm256_xor_ps(_mm256_sub_ps(_mm256_castsi256_ps(bits), taken), _mm256_castsi256_ps(sign))};
+}
+
 inline V widen_bf16(__m128i bits) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))}; }
 inline V load_bf16(const uint16_t* p) { return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline V load_bf16_n(const uint16_t* p, int64_t n) {
@@ -78,6 +113,7 @@ inline void store_bf16_n(uint16_t* p, V v, int64_t n) {
   __builtin_memcpy(p, lanes, static_cast<size_t>(n) * 2);
 }
 
+#include "decode_f32.h"
 #include "prefetch.h"
 #include "elementwise.h"
 #include "gemm_f32.h"
@@ -85,7 +121,7 @@ inline void store_bf16_n(uint16_t* p, V v, int64_t n) {
 }  // namespace
 
 const FloatKernels kAvx2Kernels = {
-    {"avx2", kLine, kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, 0, nullptr, nullptr},
+    {"avx2", kWidth, kWidth, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, 0, nullptr, nullptr},
     {convert, swiglu, swiglu_backward, add_scaled}};
 
 }  // namespace kjax

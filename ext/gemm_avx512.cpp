@@ -7,6 +7,8 @@ namespace kjax {
 namespace {
 
 constexpr int kRows = 6, kVectors = 4;
+constexpr int64_t kDepth = 128;        // a tile's 64 columns of the panel are 32 KB of L1
+constexpr int64_t kWidth = 4 * kLine;  // and a panel of 256 columns is 128 KB of L2
 #include "simd_avx512.h"
 inline void transpose(V (&b)[kLanes]) {
   __m512i r[kLanes];
@@ -15,6 +17,40 @@ inline void transpose(V (&b)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) b[i].v = _mm512_castsi512_ps(r[i]);
 }
 #include "decode_scalar.h"
+
+inline V from_bits(__m512i bits) { return {_mm512_castsi512_ps(bits)}; }
+inline __m512i to_bits(V v) { return _mm512_castps_si512(v.v); }
+inline V bits_of(int bits) { return from_bits(_mm512_set1_epi32(bits)); }
+inline V add_bits(V a, V b) { return from_bits(_mm512_add_epi32(to_bits(a), to_bits(b))); }
+inline V lowest_kept_bit(V v) {
+  return from_bits(_mm512_and_si512(_mm512_srli_epi32(to_bits(v), 16), _mm512_set1_epi32(1)));
+}
+inline V low_half(V v) { return from_bits(_mm512_slli_epi32(to_bits(v), 16)); }
+inline V high_half(V v) {
+  return from_bits(_mm512_and_si512(to_bits(v), _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+inline V load_int8(const uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+inline V load_int4(const uint8_t* p) {
+  int64_t packed;
+  __builtin_memcpy(&packed, p, 8);
+  const __m512i halves = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
+                                                  _mm512_set1_epi64(packed));
+  const __m512i shifted =
+      _mm512_srlv_epi32(halves, _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28));
+  const __m512i codes = _mm512_and_si512(shifted, _mm512_set1_epi32(15));
+  return {_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(8)))};
+}
+// A code moved into the bits of a half is the same number times 2^-8, subnormals included.
+inline V load_e4m3(const uint8_t* p) {
+  const __m256i code = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(127)), 7);
+  const __m256i sign = _mm256_slli_epi16(_mm256_srli_epi16(code, 7), 15);
+  return {_mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(magnitude, sign)), _mm512_set1_ps(256.0f))};
+}
+
+#include "decode_f32.h"
 #include "prefetch.h"
 #include "elementwise.h"
 #include "gemm_f32.h"
@@ -22,7 +58,7 @@ inline void transpose(V (&b)[kLanes]) {
 }  // namespace
 
 const FloatKernels kAvx512Kernels = {
-    {"avx512", kLine, kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, 0, nullptr, nullptr},
+    {"avx512", kWidth, kWidth, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, 0, nullptr, nullptr},
     {convert, swiglu, swiglu_backward, add_scaled}};
 
 }  // namespace kjax

@@ -5,6 +5,7 @@ namespace kjax {
 namespace {
 
 constexpr int kLanes = 4, kRows = 4, kVectors = 2;
+constexpr int64_t kDepth = 256, kWidth = kLine;
 struct V {
   float lane[kLanes];
 };
@@ -73,6 +74,41 @@ inline void transpose(V (&b)[kLanes]) {
 
 #include "decode_scalar.h"
 
+inline uint32_t lane_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float lane_of(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+inline V bits_of(int bits) {
+  return map([&](int) { return lane_of(static_cast<uint32_t>(bits)); });
+}
+inline V add_bits(V a, V b) {
+  return map([&](int i) { return lane_of(lane_bits(a.lane[i]) + lane_bits(b.lane[i])); });
+}
+inline V lowest_kept_bit(V v) {
+  return map([&](int i) { return lane_of(lane_bits(v.lane[i]) >> 16 & 1); });
+}
+inline V low_half(V v) {
+  return map([&](int i) { return lane_of(lane_bits(v.lane[i]) << 16); });
+}
+inline V high_half(V v) {
+  return map([&](int i) { return lane_of(lane_bits(v.lane[i]) & 0xffff0000u); });
+}
+inline V load_int8(const uint8_t* p) {
+  return map([&](int i) { return code_at(Format::kInt8Group128, p, i); });
+}
+inline V load_int4(const uint8_t* p) {
+  return map([&](int i) { return code_at(Format::kInt4Group32, p, i); });
+}
+inline V load_e4m3(const uint8_t* p) {
+  return map([&](int i) { return e4m3_to_float(p[i]); });
+}
+
 inline V load_bf16_n(const uint16_t* p, int64_t n) {
   return map([&](int i) { return i < n ? bf16_to_float(p[i]) : 0.0f; });
 }
@@ -82,6 +118,7 @@ inline void store_bf16_n(uint16_t* p, V v, int64_t n) {
 }
 inline void store_bf16(uint16_t* p, V v) { store_bf16_n(p, v, kLanes); }
 
+#include "decode_f32.h"
 #include "prefetch.h"
 #include "elementwise.h"
 #include "gemm_f32.h"
@@ -89,7 +126,7 @@ inline void store_bf16(uint16_t* p, V v) { store_bf16_n(p, v, kLanes); }
 }  // namespace
 
 const FloatKernels kScalarKernels = {
-    {"scalar", kLine, kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, 0, nullptr, nullptr},
+    {"scalar", kWidth, kWidth, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, 0, nullptr, nullptr},
     {convert, swiglu, swiglu_backward, add_scaled}};
 
 }  // namespace kjax
