@@ -1,0 +1,178 @@
+// What forward and backward share. A call is one sequence of tasks, claimed in order by all threads; a task may wait
+// for earlier tasks only, so the sequence cannot deadlock. Products are tasks of (segment of an expert's rows, strip of
+// columns): each computes privately, waits until its strip's turn reaches its segment, adds in fp32 and passes the turn
+// on. Segments go in an order that depends on the routing alone, so results do not depend on the number of threads.
+#pragma once
+#include <algorithm>
+
+#include "dispatch.h"
+#include "experts.h"
+#include "routing.h"
+#include "store.h"
+#include "threads.h"
+#include "workspace.h"
+
+namespace kjax {
+
+// The store's shapes, the kernels, and the sequence of tasks.
+class Pass {
+ protected:
+  Pass(const Call& call, const Store& store, const Kernels& kernels, Workspace& space)
+      : call(call),
+        store(store),
+        gemm(*kernels.gemm[static_cast<int>(store.format)]),
+        elementwise(*kernels.elementwise),
+        space(space),
+        routing(space.routing),
+        type(kOperandType[static_cast<int>(store.format)]),
+        width(store.width),
+        hidden(store.hidden),
+        segments(static_cast<int64_t>(space.routing.segments.size())),
+        gathers(static_cast<int64_t>(space.routing.pieces.size())),
+        gathered(space.gathered.reset(segments)),
+        ready(space.ready.reset(segments)) {}
+
+  // Operand row `slot` of rows of `length` numbers.
+  std::byte* row(const Memory& memory, int64_t slot, int64_t length) const {
+    return memory.data() + static_cast<size_t>(slot * length) * size_of(type);
+  }
+  size_t operand_bytes(int64_t n) const { return static_cast<size_t>(routing.slots * row_length(n)) * size_of(type); }
+  Matrix matrix(int64_t segment, int projection) const {
+    return store.matrix(static_cast<int>(call.layer), routing.segments[segment].expert, projection);
+  }
+  static Strip strip(const Matrix& w, int64_t along_count, int64_t block, int64_t step) {
+    return {w, block * step, std::min(step, along_count - block * step)};
+  }
+
+  bool takes_packed(const Segment& s) const { return gemm.pack && s.rows >= gemm.packed_from; }
+
+  // Copies the token rows of one piece together, rounded to the operand type, and packs them where `along` wants that.
+  void gather(const Worker& worker, const void* from, const Memory& rows, int64_t task, bool for_along) const {
+    const Piece& piece = routing.pieces[task];
+    const Segment& s = routing.segments[piece.segment];
+    const int64_t length = row_length(width);
+    const bool packed = for_along && takes_packed(s);
+    std::byte* const to = packed ? worker.scratch.data() + staging_offset() : row(rows, s.slot + piece.row, length);
+    for (int64_t r = 0; r < piece.rows; ++r)
+      elementwise.convert(static_cast<const std::byte*>(from) +
+                              static_cast<size_t>(routing.token[s.first + piece.row + r] * width) * size_of(call.dtype),
+                          call.dtype, to + r * length * size_of(type), type, width, length - width);
+    if (packed) gemm.pack(to, length, piece.rows, piece.row, s.rows, 0, width, row(rows, s.slot, length), length);
+    gathered[piece.segment].fetch_add(static_cast<int32_t>(piece.rows), std::memory_order_release);
+  }
+
+  // C of one product, [rows, ldc] in this worker's scratch after the kernel's own.
+  static float* results(const Worker& worker, int64_t which) {
+    return reinterpret_cast<float*>(worker.scratch.data() + kScratch) + which * kMaxRows * kWidest;
+  }
+  static constexpr int64_t kWidest = 4 * kLine;
+  // Rows on their way into the packed layout: a piece of x, or h of one strip.
+  static size_t staging_offset() { return kScratch + 2 * sizeof(float) * kMaxRows * kWidest; }
+  size_t worker_bytes() const {
+    return staging_offset() +
+           std::max(kRowTile * row_length(width), kMaxRows * row_length(gemm.along_width)) * size_of(type);
+  }
+
+  // g and u [., length] of one strip from the gathered rows of x, where there is a place for them by route or by slot,
+  // and h = silu(g) * u where that is wanted.
+  void gate_up(const Worker& worker, int64_t segment, int64_t block, const Strip& next, const Memory& x, std::byte* g,
+               std::byte* u, int64_t length, bool by_slot, const Memory* h) const {
+    const Segment& s = routing.segments[segment];
+    worker.wait_for(gathered[segment], static_cast<int32_t>(s.rows));
+    const Strip gate = strip(matrix(segment, kGate), hidden, block, gemm.along_width);
+    const Strip up = strip(matrix(segment, kUp), hidden, block, gemm.along_width);
+    const int64_t ldc = round_up(gate.count, kLine), x_length = row_length(width);
+    float *const cg = results(worker, 0), *const cu = results(worker, 1);
+    Product product{row(x, s.slot, x_length), x_length, s.rows, gate, up, cg, ldc, false, worker.scratch.data()};
+    multiply_along(product);
+    product.strip = up;
+    product.next = next;
+    product.c = cu;
+    multiply_along(product);
+
+    const bool packed = h && takes_packed(s);
+    const int64_t h_length = packed ? row_length(gate.count) : row_length(hidden);
+    std::byte* const h_rows = !h       ? nullptr
+                              : packed ? worker.scratch.data() + staging_offset()
+                                       : row(*h, s.slot, h_length) + gate.first * size_of(type);
+    const int64_t pad = packed ? h_length - gate.count : gate.first + gate.count == hidden ? h_length - hidden : 0;
+    for (int64_t r = 0; r < s.rows; ++r) {
+      const size_t kept = static_cast<size_t>(((by_slot ? s.slot : s.first) + r) * length + gate.first) * size_of(type);
+      elementwise.swiglu(cg + r * ldc, cu + r * ldc, gate.count, pad, g ? g + kept : nullptr, g ? u + kept : nullptr,
+                         h ? h_rows + r * h_length * size_of(type) : nullptr, type);
+    }
+    if (packed)
+      gemm.pack(h_rows, h_length, s.rows, 0, s.rows, gate.first, gate.count, row(*h, s.slot, row_length(hidden)),
+                row_length(hidden));
+  }
+  void multiply_along(const Product& product) const { gemm.along[static_cast<int>(store.format)](product); }
+  void multiply_across(const Product& product) const { gemm.across[static_cast<int>(store.format)](product); }
+
+  // Adds C, scaled per route, to the fp32 sums of its tokens when the strip's turn comes. The first in turn clears the
+  // strip, the last rounds it into a bf16 output.
+  void hand_off(const Worker& worker, Counter& turn, int64_t segment, int64_t first, int64_t count, const float* c,
+                int64_t ldc, const float* scales, void* output) const {
+    worker.wait_for(turn, static_cast<int32_t>(segment));
+    float* const sums =
+        call.dtype == Dtype::kFp32 ? static_cast<float*>(output) : reinterpret_cast<float*>(space.sums.data());
+    if (segment == 0)
+      for (int64_t t = 0; t < call.tokens; ++t) std::fill_n(sums + t * width + first, count, 0.0f);
+    const Segment& s = routing.segments[segment];
+    for (int64_t r = 0; r < s.rows; ++r)
+      elementwise.add_scaled(scales ? scales[routing.place[s.first + r]] : 1.0f, c + r * ldc,
+                             sums + routing.token[s.first + r] * width + first, count);
+    if (segment == segments - 1 && call.dtype == Dtype::kBf16)
+      for (int64_t t = 0; t < call.tokens; ++t)
+        elementwise.convert(sums + t * width + first, Dtype::kFp32, static_cast<uint16_t*>(output) + t * width + first,
+                            Dtype::kBf16, count, 0);
+    turn.store(static_cast<int32_t>(segment + 1), std::memory_order_release);
+  }
+
+  // Runs task(worker, t, t_next) for t in [0, tasks), each thread claiming one task ahead so that it can prefetch for
+  // it.
+  template <class Task>
+  void sequence(Turn& turn, int64_t tasks, Task task) const {
+    std::atomic<int64_t> next{0};
+    auto job = [&](Worker& worker) {
+      worker.scratch.grow(worker_bytes());
+      const Begun begun(gemm);
+      for (int64_t t = next.fetch_add(1), after; t < tasks; t = after) {
+        after = next.fetch_add(1);
+        worker.check();
+        task(worker, t, after);
+      }
+    };
+    turn.run(job);
+  }
+
+  // What a kernel needs a thread to do around its products, also when one throws.
+  struct Begun {
+    explicit Begun(const Gemm& gemm) : gemm(gemm) {
+      if (gemm.begin) gemm.begin();
+    }
+    ~Begun() {
+      if (gemm.end) gemm.end();
+    }
+    const Gemm& gemm;
+  };
+
+  const Call& call;
+  const Store& store;
+  const Gemm& gemm;
+  const Elementwise& elementwise;
+  Workspace& space;
+  const Routing& routing;
+  const Dtype type;
+  const int64_t width, hidden, segments, gathers;
+  Counter *const gathered, *const ready;
+};
+
+// One call over its gathered routes, of which there is at least one. Each has to hold the pool.
+// kept: room for g and u, [2, routes, hidden], or null.
+void forward_pass(const Call& call, const Store& store, const Kernels& kernels, Workspace& space, Turn& turn,
+                  std::byte* kept, void* y);
+// kept: g and u as the forward pass left them, or null to compute them again from x.
+void backward_pass(const Call& call, const Store& store, const Kernels& kernels, Workspace& space, Turn& turn,
+                   const std::byte* kept, const void* dy, void* dx, float* dgate);
+
+}  // namespace kjax

@@ -1,0 +1,50 @@
+// Memory that a call needs besides its arguments, kept from call to call.
+#pragma once
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "kernels.h"
+#include "memory.h"
+#include "routing.h"
+
+namespace kjax {
+
+using Counter = std::atomic<int32_t>;
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline size_t size_of(Dtype dtype) { return dtype == Dtype::kBf16 ? 2 : 4; }
+
+// Length of an operand row: zero-padded for whole vectors, and never a multiple of 4 KB, where all rows would share one
+// L1 set.
+inline int64_t row_length(int64_t n) { return round_up(n, kPad) + kPad; }
+
+// Counters of one call, reset without reallocation.
+class Counters {
+ public:
+  Counter* reset(int64_t n) {
+    if (n > size_) {
+      data_ = std::make_unique<Counter[]>(n);
+      size_ = n;
+    }
+    for (int64_t i = 0; i < n; ++i) data_[i].store(0, std::memory_order_relaxed);
+    return data_.get();
+  }
+
+ private:
+  std::unique_ptr<Counter[]> data_;
+  int64_t size_ = 0;
+};
+
+// Memory between calls; calls take turns, so there is one.
+struct Workspace {
+  Routing routing;
+  Memory rows, more_rows;  // operand rows by slot: x or dy [slots, row_length(width)]; h, and x in a recomputation
+  Memory sums;             // fp32 output [tokens, width] where the output itself is bf16
+  Memory partial;          // [routes, strips] parts of dgate
+  Memory activations;      // g and u, then dg and du, of a backward call, by slot
+  Counters gathered, ready, turn;
+};
+
+}  // namespace kjax
