@@ -9,6 +9,7 @@
 #include <set>
 #include <stdexcept>
 
+#include "decode_cost.h"
 #include "dispatch.h"
 #include "experts.h"
 #include "ffi.h"
@@ -300,6 +301,15 @@ NB_MODULE(_ext, m) {
       "force_isa", [](const std::optional<std::string>& name) { force_isa(name.value_or("")); },
       nb::arg("name").none() = nb::none(),
       "Other kernels from now on, for comparing them; None returns to the default.");
+  m.def(
+      "decode_cost",
+      [](const std::string& format, bool across) {
+        const Format parsed = parse_format(format);
+        nb::gil_scoped_release release;
+        return decode_cost(parsed, across);
+      },
+      nb::arg("format"), nb::arg("across"),
+      "Seconds per weight, all threads together, to decode what lies in L2 for a forward or, across, a backward call.");
   m.def("threads", &thread_count, "Threads a call runs on.");
   m.def("cgroup_cpu_quota", &cgroup_cpu_quota, nb::arg("root"),
         "Cores granted by the control-group files below a root directory; 0: no limit.");

@@ -1,304 +1,143 @@
 """
 How close the host experts come to the machine's limit, beside peers, in one run.
 
-    python experiments/bench/experts.py                           # both shapes, bf16
-    python experiments/bench/experts.py --formats bf16,fp8_block,int4_group32,int8_group128 --isa avx512bf16
-    python experiments/bench/experts.py --shapes v2-lite --tokens 16,512 --peers transformers
+    python experiments/bench/experts.py                                    # kjax, both shapes, bf16
+    python experiments/bench/experts.py --formats all --who kjax,transformers,kt-kernel --bar
+    python experiments/bench/experts.py --shapes v2-lite --tokens 512,2048 --isa avx2
+    python experiments/bench/experts.py --report --bar                     # the table again, nothing measured
 
-limit = max(operations / arithmetic peak, bytes of the touched experts / read bandwidth); share = limit / time. Both
-peaks are measured with the same threads right before and after every sample; of the samples, the quietest decide.
-Every case is compared with float64 on the decoded weights before it is timed. Writes experts.json, experts.md and a
-roofline, experts.png.
+limit = max(operations / arithmetic peak, bytes of the touched experts / read bandwidth, their weights x decode cost);
+share = limit / time. Peaks are measured with the same threads right before and after every sample, the decode cost
+with the kernels' own products of zero rows; of the samples, the quietest decide. Every case is compared with float64
+on the decoded weights before it is timed: relative L2 errors, also as multiples of those that rounding the operands
+alone gives. Rows go to experts.json as they are measured, and a case that is there is not measured again (--again
+does): a long table can be made in pieces. Each contender runs in a process of its own.
+
+kt-kernel: pip install --no-deps --target DIR kt-kernel==0.7.2, and KJAX_BENCH_PEERS=DIR.
 """
 
 import argparse
 import json
-import mmap
-import statistics
-import sys
+import multiprocessing
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import peers
-from peaks import Probe, Sample, machine, sample
+from cases import FORMATS, SHAPES, checked_batch, timed_batches
+from contenders import CONTENDERS, why_not
+from oracle import Judge
+from peaks import Probe, Work, machine, measure
+from report import PASSES, roofline, table
 
 from kjax import _ext
 
-QUIET = 0.08  # share of noise below which a sample counts as quiet
+KEY = ("who", "isa", "shape", "format", "tokens", "pass", "lora")
 
 
-@dataclass(frozen=True)
-class Shape:
-    width: int
-    hidden: int
-    experts: int
-    per_token: int
+class Results:
+    """The rows measured so far, in a file that is whole after every one."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.document = json.loads(path.read_text()) if path.exists() else {"rows": []}
+
+    @property
+    def rows(self) -> list[dict]:
+        return self.document["rows"]
+
+    def has(self, row: dict) -> bool:
+        return any(all(r[k] == row[k] for k in KEY) for r in self.rows)
+
+    def add(self, row: dict):
+        self.document["rows"] = [r for r in self.rows if any(r[k] != row[k] for k in KEY)] + [row]
+        fresh = self.path.with_suffix(".tmp")
+        fresh.write_text(json.dumps(self.document, indent=1))
+        fresh.replace(self.path)
 
 
-SHAPES = {"v2-lite": Shape(2048, 1408, 64, 6), "v3": Shape(7168, 2048, 32, 8), "small": Shape(512, 384, 16, 4)}
-# bits of a weight; weights that share a scale, as rows and columns (0: the whole row); bytes of a scale
-FORMATS = {
-    "bf16": (16, None, 0),
-    "fp32": (32, None, 0),
-    "fp8_block": (8, (128, 128), 4),
-    "fp8_channel": (8, (1, 0), 4),
-    "int4_group32": (4, (1, 32), 2),
-    "int8_group128": (8, (1, 128), 2),
-}
-
-
-def huge(size):
-    """Zeroed bytes that may lie on huge pages."""
-    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
-
-
-def make_store(shape: Shape, fmt: str, rng):
-    """A store of one layer of random weights, and the bytes of one expert."""
-    bits, block, scale_bytes = FORMATS[fmt]
-    store = _ext.Store(1, shape.experts, shape.width, shape.hidden, fmt)
-    one_expert = 0
-    for projection, (rows, cols) in enumerate(
-        [(shape.hidden, shape.width), (shape.hidden, shape.width), (shape.width, shape.hidden)]
-    ):
-        size = rows * cols * bits // 8
-        memory = huge(size * shape.experts)
-        pattern = rng.integers(0, 256, 1 << 22, dtype=np.uint8)
-        if fmt == "bf16":
-            pattern = (rng.standard_normal(1 << 21, dtype=np.float32) / np.float32(np.sqrt(cols))).view(np.uint32) >> 16
-            pattern = pattern.astype(np.uint16).view(np.uint8)
-        elif fmt == "fp32":
-            pattern = (rng.standard_normal(1 << 20, dtype=np.float32) / np.float32(np.sqrt(cols))).view(np.uint8)
-        elif fmt.startswith("fp8"):
-            pattern[pattern & 127 == 127] ^= 1
-        for begin in range(0, memory.size, pattern.size):
-            memory[begin : begin + pattern.size] = pattern[: memory.size - begin]
-        at = np.arange(shape.experts, dtype=np.int64)
-        where = [np.full(shape.experts, store.add_buffer(memory), np.int32), at * size]
-        one_expert += size
-        if block:
-            count = -(-rows // block[0]) * (-(-cols // block[1]) if block[1] else 1)
-            spread = {"fp8": 200, "int4": 5, "int8": 70}[fmt.split("_")[0]] * np.sqrt(cols)
-            scales = ((0.5 + rng.random(count * shape.experts, dtype=np.float32)) / np.float32(spread)).astype(
-                np.float32
-            )
-            raw = (
-                scales.view(np.uint8)
-                if scale_bytes == 4
-                else (scales.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-            )
-            where += [np.full(shape.experts, store.add_buffer(raw), np.int32), at * count * scale_bytes]
-            one_expert += count * scale_bytes
-        store.place(0, projection, *where)
-    return store, one_expert
-
-
-@dataclass
-class Batch:
-    x: np.ndarray  # bf16 bits [N, D]
-    dy: np.ndarray
-    idx: np.ndarray
-    gate: np.ndarray
-
-
-def bf16(a):
-    return ((a.astype(np.float32).view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
-
-
-def wide(bits):
-    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-
-
-def make_batch(shape: Shape, tokens: int, rng) -> Batch:
-    idx = rng.random((tokens, shape.experts)).argsort(1)[:, : shape.per_token].astype(np.int32)
-    gate = rng.random((tokens, shape.per_token), dtype=np.float32)
-    x, dy = (bf16(rng.standard_normal((tokens, shape.width))) for _ in range(2))
-    return Batch(x, dy, idx, gate / gate.sum(1, keepdims=True))
-
-
-def forward(store, b: Batch):
-    return _ext.forward(store.id, 0, b.x, b.idx, b.gate, False)[0]
-
-
-def forward_backward(store, b: Batch):
-    y, slip = _ext.forward(store.id, 0, b.x, b.idx, b.gate, True)
-    return y, *_ext.backward(store.id, 0, slip, b.x, b.idx, b.gate, b.dy)
-
-
-def check(store, b: Batch) -> float:
-    """Largest relative L2 error of y, dx and dgate of two tokens against float64; more than 2 % is a wrong kernel."""
-    errors = []
-    got = forward_backward(store, b)
-    for t in range(min(2, len(b.x))):
-        x, dy = wide(b.x[t]), wide(b.dy[t])
-        y, dx, dgate = np.zeros_like(x), np.zeros_like(x), np.zeros(b.gate.shape[1])
-        for k, e in enumerate(b.idx[t]):
-            gate_w, up_w, down_w = (store.decode(0, int(e), p).astype(np.float64) for p in range(3))
-            g, u, a = gate_w @ x, up_w @ x, down_w.T @ dy
-            s = 1 / (1 + np.exp(-g))
-            y += b.gate[t, k] * (down_w @ (g * s * u))
-            dgate[k] = a @ (g * s * u)
-            dx += b.gate[t, k] * ((a * u * (s + g * s * (1 - s))) @ gate_w + (a * g * s) @ up_w)
-        for a, exact in zip((wide(got[0][t]), wide(got[1][t]), got[2][t]), (y, dx, dgate), strict=True):
-            errors.append(float(np.linalg.norm(a - exact) / np.linalg.norm(exact)))
-    if not max(errors) < 0.02:
-        sys.exit(f"wrong result: relative error {max(errors):.3g}")
-    return max(errors)
-
-
-def measure(probe: Probe, isa: str, call, flops: float, size: float, seconds: float) -> dict:
-    """Median of the quiet samples (at least three, the quietest if there are fewer)."""
-    samples: list[Sample] = []
-    begin = time.perf_counter()
-    while len(samples) < 3 or (sum(s.noise < QUIET for s in samples) < 5 and time.perf_counter() - begin < seconds):
-        samples.append(sample(probe, isa, call))
-    samples.sort(key=lambda s: s.noise)
-    kept = samples[: max(3, sum(s.noise < QUIET for s in samples))]
-    limits = [max(flops / s.arithmetic, size / s.bandwidth) for s in kept]
-    return {
-        "milliseconds": 1e3 * statistics.median(s.seconds for s in kept),
-        "share": statistics.median(limit / s.seconds for limit, s in zip(limits, kept, strict=True)),
-        "bound": "memory" if size / kept[0].bandwidth > flops / kept[0].arithmetic else "arithmetic",
-        "gflops": statistics.median(flops / s.seconds for s in kept) * 1e-9,
-        "peak_gflops": statistics.median(s.arithmetic for s in kept) * 1e-9,
-        "bandwidth_gbs": statistics.median(s.bandwidth for s in kept) * 1e-9,
-        "quiet": sum(s.noise < QUIET for s in samples),
-        "samples": len(samples),
-    }
-
-
-def table(rows: list[dict]) -> str:
-    columns = {
-        "who": "{who}", "shape": "{shape}", "format": "{format}", "tokens": "{tokens}", "pass": "{pass}",
-        "ms": "{milliseconds:.2f}", "share of limit": "{share:.2f}", "bound": "{bound}", "GFLOP/s": "{gflops:.0f}",
-        "quiet": "{quiet}/{samples}",
-    }  # fmt: skip
-    lines = [columns, ["---"] * len(columns), *([cell.format(**row) for cell in columns.values()] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def roofline(rows: list[dict], path: Path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    peak = statistics.median(r["peak_gflops"] for r in rows)
-    bandwidth = statistics.median(r["bandwidth_gbs"] for r in rows)
-    intensity = np.geomspace(
-        min(r["flops"] / r["bytes"] for r in rows) / 2, max(r["flops"] / r["bytes"] for r in rows) * 2, 200
-    )
-    figure, axes = plt.subplots(figsize=(7, 5))
-    axes.loglog(
-        intensity,
-        np.minimum(peak, intensity * bandwidth),
-        color="black",
-        label=f"{peak:.0f} GFLOP/s, {bandwidth:.0f} GB/s",
-    )
-    for who in dict.fromkeys((r["who"], r["format"], r["pass"]) for r in rows):
-        mine = [r for r in rows if (r["who"], r["format"], r["pass"]) == who]
-        axes.plot(
-            [r["flops"] / r["bytes"] for r in mine],
-            [r["gflops"] for r in mine],
-            "o-",
-            markersize=4,
-            linewidth=0.7,
-            label=" ".join(who),
-        )
-    axes.set(xlabel="operations per byte of weights", ylabel="GFLOP/s")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+def measure_contender(who: str, shape_name: str, fmt: str, options):
+    """All cases of one contender that are not measured yet; runs in a child process."""
+    reason = why_not(who, fmt)
+    if reason:
+        return print(f"{who}, {fmt}: {reason}", flush=True)
+    _ext.force_isa(options.isa)
+    isa, probe, shape = _ext.isa()["name"], Probe(_ext.threads()), SHAPES[shape_name]
+    products = "avx512" if fmt == "fp32" and isa in ("avx512bf16", "amx") else isa  # what an fp32 store multiplies with
+    results = Results(options.out / "experts.json")
+    results.document |= {"machine": machine(), "threads": probe.threads}
+    results.document["shapes"] = {name: asdict(s) for name, s in SHAPES.items()}
+    for contender in CONTENDERS[who](shape, fmt, probe.threads):
+        judge = Judge(contender.weights)
+        for tokens in options.tokens:
+            for passed in options.passes:
+                row = dict(
+                    zip(KEY, (contender.name, isa, shape_name, contender.format, tokens, passed, 0), strict=True)
+                )
+                if passed not in contender.calls or (results.has(row) and not options.again):
+                    continue
+                if time.monotonic() > options.until:
+                    return print("out of time: run again to go on", flush=True)
+                call, checked = contender.calls[passed], checked_batch(shape, tokens)
+                row["errors"] = judge.errors(checked, call(checked))
+                batches = timed_batches(shape, tokens)
+                touched = sum(b.touched for b in batches)
+                times = 1 + PASSES.index(passed)
+                work = Work(
+                    times * 2 * shape.weights * shape.per_token * tokens * len(batches),
+                    times * touched * contender.bytes_of_expert,
+                    touched * shape.weights * contender.decode.get(passed, 0),
+                )
+                figures = measure(probe, products, lambda c=call, bs=batches: [c(b) for b in bs], work, options.seconds)
+                for name in ("milliseconds", "flops", "bytes", "decode_seconds"):
+                    figures[name] /= len(batches)
+                results.add(row | figures)
+                print(table(results.rows[-1:], options.bar).splitlines()[-1], flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="v2-lite,v3")
-    parser.add_argument("--formats", default="bf16")
-    parser.add_argument("--tokens", default="1,16,128,512,2048")
+    names = lambda text: text.split(",")  # noqa: E731
+    parser.add_argument("--shapes", type=names, default=["v2-lite", "v3"])
+    parser.add_argument("--formats", type=names, default=["bf16"], help="or: all")
+    parser.add_argument(
+        "--tokens", type=lambda text: [int(n) for n in text.split(",")], default=[1, 16, 128, 512, 2048]
+    )
+    parser.add_argument("--passes", type=names, default=list(PASSES))
+    parser.add_argument("--who", type=names, default=["kjax"], help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--isa", default=None, help="kernels and arithmetic peak to use; default: what kjax chooses")
-    parser.add_argument("--peers", default="", help="comma-separated: transformers")
-    parser.add_argument("--seconds", type=float, default=6, help="time to wait for quiet samples of one case")
+    parser.add_argument("--seconds", type=float, default=4, help="time to wait for quiet samples of one case")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no case after that")
+    parser.add_argument("--again", action="store_true", help="measure cases that are in the file already")
+    parser.add_argument("--bar", action="store_true", help="show what each figure is held to beside it")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args()
-
-    _ext.force_isa(options.isa)
-    isa = _ext.isa()["name"]
-    probe = Probe(_ext.threads())
-    rows = []
-    print(f"{machine()['cpu']}, {probe.threads} threads, {isa}")
-
-    def report(who, shape_name, fmt, tokens, what, call, flops, size):
-        row = {
-            "who": who,
-            "shape": shape_name,
-            "format": fmt,
-            "tokens": tokens,
-            "pass": what,
-            "flops": flops,
-            "bytes": size,
-        }
-        rows.append(row | measure(probe, isa, call, flops, size, options.seconds))
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
-
-    for shape_name in options.shapes.split(","):
-        shape = SHAPES[shape_name]
-        rng = np.random.default_rng(0)
-        batches = {n: make_batch(shape, n, rng) for n in map(int, options.tokens.split(","))}
-        per_route = 6 * shape.width * shape.hidden
-
-        for fmt in options.formats.split(","):
-            store, one_expert = make_store(shape, fmt, rng)
-            for tokens, batch in batches.items():
-                error = check(store, batch)
-                touched = len(np.unique(batch.idx)) * one_expert
-                flops = per_route * batch.idx.size
-                report(
-                    "kjax", shape_name, fmt, tokens, "forward", lambda s=store, b=batch: forward(s, b), flops, touched
-                )
-                report(
-                    "kjax",
-                    shape_name,
-                    fmt,
-                    tokens,
-                    "forward+backward",
-                    lambda s=store, b=batch: forward_backward(s, b),
-                    2 * flops,
-                    2 * touched,
-                )
-                rows[-1]["error"] = rows[-2]["error"] = error
-            store.close()
-
-        for peer in filter(None, options.peers.split(",")):
-            for name, calls in peers.PEERS[peer](shape, probe.threads):
-                for tokens, batch in batches.items():
-                    size = len(np.unique(batch.idx)) * 6 * shape.width * shape.hidden
-                    for times, (what, call) in enumerate(calls(batch).items(), 1):
-                        report(
-                            name,
-                            shape_name,
-                            "bf16",
-                            tokens,
-                            what,
-                            call,
-                            times * per_route * batch.idx.size,
-                            times * size,
-                        )
-
+    if options.formats == ["all"]:
+        options.formats = list(FORMATS)
+    options.until = time.monotonic() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
-    document = {
-        "machine": machine(),
-        "threads": probe.threads,
-        "isa": isa,
-        "shapes": {n: asdict(s) for n, s in SHAPES.items()},
-        "rows": rows,
-    }
-    (options.out / "experts.json").write_text(json.dumps(document, indent=1))
-    (options.out / "experts.md").write_text(table(rows))
+
+    spawn = multiprocessing.get_context("spawn")
+    for shape_name in [] if options.report else options.shapes:
+        for who in options.who:
+            for fmt in options.formats:
+                child = spawn.Process(target=measure_contender, args=(who, shape_name, fmt, options))
+                child.start()
+                child.join()
+                if child.exitcode:
+                    print(f"{who}, {shape_name}, {fmt}: ended with {child.exitcode}", flush=True)
+
+    results = Results(options.out / "experts.json")
+    order = {name: i for i, name in enumerate([*SHAPES, *FORMATS, *PASSES])}
+    rows = sorted(
+        results.rows,
+        key=lambda r: (r["who"] != "kjax", r["isa"], order[r["shape"]], order[r["format"]], r["who"], r["tokens"],
+                       order[r["pass"]]),
+    )  # fmt: skip
+    (options.out / "experts.md").write_text(table(rows, options.bar))
     roofline(rows, options.out / "experts.png")
+    if options.report:
+        print(table(rows, options.bar))
     print(f"wrote {options.out}/experts.json, experts.md, experts.png")
 
 

@@ -1,10 +1,11 @@
-"""The machine's peaks through the compiled probe, and how quiet it was while a sample ran."""
+"""The machine's peaks through the compiled probe, how quiet it was while a sample ran, and a case's figures."""
 
 import ctypes
 import hashlib
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import tempfile
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "probe.cpp"
+QUIET = 0.08  # noise below which a sample counts as quiet
 
 
 def _build() -> ctypes.CDLL:
@@ -21,19 +23,10 @@ def _build() -> ctypes.CDLL:
         compiler = shutil.which("c++")
         if not compiler:
             raise SystemExit("the bench compiles its probe: install a C++ compiler")
-        command = [
-            compiler,
-            "-O2",
-            "-std=c++20",
-            "-shared",
-            "-fPIC",
-            "-pthread",
-            str(SOURCE),
-            "-o",
-            f"{library}.{os.getpid()}",
-        ]
-        subprocess.run(command, check=True)
-        os.replace(f"{library}.{os.getpid()}", library)
+        fresh = f"{library}.{os.getpid()}"
+        flags = ["-O2", "-std=c++20", "-shared", "-fPIC", "-pthread"]
+        subprocess.run([compiler, *flags, str(SOURCE), "-o", fresh], check=True)
+        os.replace(fresh, library)
     probe = ctypes.CDLL(str(library))
     probe.peak.restype = probe.bandwidth.restype = ctypes.c_double
     probe.peak.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double]
@@ -44,14 +37,14 @@ def _build() -> ctypes.CDLL:
 class Probe:
     """Peaks in FLOP/s and bytes/s with `threads` threads."""
 
-    KINDS = {"avx2": 0, "avx512": 0, "scalar": 0, "avx512bf16": 1, "amx": 2}
+    # fp32 FMA of 256 and 512 bits, bf16 dot products, tiles
+    KINDS = {"scalar": 0, "avx2": 0, "avx512": 1, "avx512bf16": 2, "amx": 3}
 
     def __init__(self, threads: int):
         self._probe, self.threads = _build(), threads
 
     def arithmetic(self, isa: str, milliseconds: float = 15) -> float:
-        """For bf16 products; ISAs that multiply in fp32 are held to the FMA peak of AVX-512, AVX2 to half of it."""
-        return self._probe.peak(self.KINDS[isa], self.threads, milliseconds) * 1e9 * (0.5 if isa == "avx2" else 1)
+        return self._probe.peak(self.KINDS[isa], self.threads, milliseconds) * 1e9
 
     def bandwidth(self, size: int = 512 << 20) -> float:
         return self._probe.bandwidth(self.threads, size) * 1e9
@@ -65,40 +58,77 @@ class Sample:
     noise: float  # share of the machine others took, plus how much the peaks moved
 
 
+@dataclass
+class Work:
+    """What one call has to do at least."""
+
+    flops: float
+    bytes: float
+    decode: float  # seconds
+
+    def limit(self, arithmetic: float, bandwidth: float) -> tuple[float, str]:
+        """Seconds, and what binds."""
+        parts = {"arithmetic": self.flops / arithmetic, "memory": self.bytes / bandwidth, "decode": self.decode}
+        binds = max(parts, key=parts.get)
+        return parts[binds], binds
+
+
 def _busy() -> float:
     fields = [int(v) for v in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
-def sample(probe: Probe, isa: str, call, at_least: float = 0.1) -> Sample:
-    """Times `call`, repeated to `at_least` seconds, between two probes of both peaks."""
+def samples(probe: Probe, isa: str, call, seconds: float, at_least: float = 0.1):
+    """Times `call`, repeated to `at_least` seconds, between probes of both peaks, until five samples were quiet or
+    `seconds` are over; three samples at least."""
     call()
     begin = time.perf_counter()
     call()
-    repeats = max(1, int(at_least / (time.perf_counter() - begin)))
-    before = probe.arithmetic(isa), probe.bandwidth()
-    busy, own, begin = _busy(), sum(os.times()[:2]), time.perf_counter()
-    for _ in range(repeats):
-        call()
-    elapsed = time.perf_counter() - begin
-    others = max(0.0, _busy() - busy - (sum(os.times()[:2]) - own)) / elapsed / (os.cpu_count() or 1)
-    after = probe.arithmetic(isa), probe.bandwidth()
-    moved = max(abs(a - b) / max(a, b) for a, b in zip(before, after, strict=True))
-    return Sample(elapsed / repeats, (before[0] + after[0]) / 2, (before[1] + after[1]) / 2, others + 0.5 * moved)
+    repeats = max(1, round(at_least / (time.perf_counter() - begin)))
+    out, before = [], (probe.arithmetic(isa), probe.bandwidth())
+    while len(out) < 3 or (sum(s.noise < QUIET for s in out) < 5 and time.perf_counter() - begin < seconds):
+        busy, own, start = _busy(), sum(os.times()[:2]), time.perf_counter()
+        for _ in range(repeats):
+            call()
+        elapsed = time.perf_counter() - start
+        others = max(0.0, _busy() - busy - (sum(os.times()[:2]) - own)) / elapsed / (os.cpu_count() or 1)
+        after = probe.arithmetic(isa), probe.bandwidth()
+        moved = max(abs(a - b) / max(a, b) for a, b in zip(before, after, strict=True))
+        means = [(a + b) / 2 for a, b in zip(before, after, strict=True)]
+        out.append(Sample(elapsed / repeats, *means, others + 0.5 * moved))
+        before = after
+    return out
+
+
+def measure(probe: Probe, isa: str, call, work: Work, seconds: float) -> dict:
+    """Figures of one case: medians of the quiet samples, of the quietest three if there are fewer."""
+    taken = sorted(samples(probe, isa, call, seconds), key=lambda s: s.noise)
+    kept = taken[: max(3, sum(s.noise < QUIET for s in taken))]
+    middle = lambda f: statistics.median(f(s) for s in kept)  # noqa: E731
+    limits = [work.limit(s.arithmetic, s.bandwidth) for s in kept]
+    return {
+        "milliseconds": 1e3 * middle(lambda s: s.seconds),
+        "share": statistics.median(limit / s.seconds for (limit, _), s in zip(limits, kept, strict=True)),
+        "bound": limits[0][1],
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "decode_seconds": work.decode,
+        "gflops": middle(lambda s: work.flops / s.seconds) * 1e-9,
+        "peak_gflops": middle(lambda s: s.arithmetic) * 1e-9,
+        "bandwidth_gbs": middle(lambda s: s.bandwidth) * 1e-9,
+        "quiet": sum(s.noise < QUIET for s in taken),
+        "samples": len(taken),
+    }
 
 
 def machine() -> dict:
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        "",
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.machine())
+    memory = next(line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line)
     return {
-        "cpu": model or platform.machine(),
+        "cpu": model,
         "cores": os.cpu_count(),
+        "memory_gb": round(int(memory) / 2**20, 1),
         "kernel": platform.release(),
         "python": platform.python_version(),
     }

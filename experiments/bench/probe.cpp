@@ -1,5 +1,6 @@
-// Peaks of this machine: arithmetic from registers and reads of memory larger than any cache, with a given number of
-// threads. c++ -O2 -std=c++20 -shared -fPIC -pthread probe.cpp -o probe.so   (x86-64 with AVX-512; experts.py builds
+// Peaks of this machine: arithmetic from registers and reads of memory larger
+// than any cache, with a given number of threads. c++ -O2 -std=c++20 -shared
+// -fPIC -pthread probe.cpp -o probe.so   (x86-64 with AVX2; experts.py builds
 // it)
 #include <immintrin.h>
 #include <sys/mman.h>
@@ -45,11 +46,17 @@ double parallel(int threads, Work work) {
 
 // Twelve independent chains hide a latency of up to six cycles on two ports.
 #define TWELVE(op) op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11)
+#define HALF(i) "vfmadd231ps %%ymm15, %%ymm14, %%ymm" #i "\n"
 #define FMA(i) "vfmadd231ps %%zmm31, %%zmm30, %%zmm" #i "\n"
 #define DOT(i) "vdpbf16ps %%zmm31, %%zmm30, %%zmm" #i "\n"
 #define ZMMS                                                                                                          \
   "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11", "zmm30", "zmm31", \
       "cc"
+void __attribute__((target("avx2,fma"))) half_fma(long n) {
+  __asm__ volatile("1:\n" TWELVE(HALF) "dec %0\njnz 1b\n"
+                   : "+r"(n)::"ymm0", "ymm1", "ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm8", "ymm9", "ymm10",
+                     "ymm11", "ymm14", "ymm15", "cc");
+}
 void __attribute__((target("avx512f"))) fma(long n) {
   __asm__ volatile("1:\n" TWELVE(FMA) "dec %0\njnz 1b\n" : "+r"(n)::ZMMS);
 }
@@ -64,26 +71,29 @@ void tiles(long n) {
   } config;
   __asm__ volatile("ldtilecfg %0" ::"m"(config));
   __asm__ volatile(
-      "1:\n tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n"
+      "1:\n tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n tdpbf16ps %%tmm7, %%tmm4, "
+      "%%tmm1\n tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n"
       "tdpbf16ps %%tmm7, %%tmm5, %%tmm3\n dec %0\n jnz 1b\n tilerelease\n"
       : "+r"(n)::"cc");
 }
 
 }  // namespace
 
-// GFLOP/s of kind 0 (fp32 FMA), 1 (bf16 dot), 2 (AMX bf16); 0 where Linux refuses the tiles.
+// GFLOP/s of kind 0 and 1 (fp32 FMA of 256 and 512 bits), 2 (bf16 dot), 3 (AMX
+// bf16); 0 where Linux refuses the tiles.
 extern "C" double peak(int kind, int threads, double milliseconds) {
-  if (kind == 2 && syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 0;
-  const double per_round = kind == 0 ? 12 * 32.0 : kind == 1 ? 12 * 64.0 : 4 * 16384.0;
-  const long rounds = static_cast<long>(milliseconds * 1e-3 * (kind == 0 ? 5e8 : kind == 1 ? 2.5e8 : 4e7));
-  const double seconds = parallel(threads, [&](int) {
-    kind == 0 ? fma(rounds) : kind == 1 ? dot(rounds) : tiles(rounds);
-  });
-  return threads * rounds * per_round / seconds * 1e-9;
+  if (kind == 3 && syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 0;
+  const struct {
+    void (*run)(long);
+    double operations, rounds_per_second;
+  } kinds[] = {{half_fma, 12 * 16.0, 5e8}, {fma, 12 * 32.0, 5e8}, {dot, 12 * 64.0, 2.5e8}, {tiles, 4 * 16384.0, 4e7}};
+  const long rounds = static_cast<long>(milliseconds * 1e-3 * kinds[kind].rounds_per_second);
+  const double seconds = parallel(threads, [&](int) { kinds[kind].run(rounds); });
+  return threads * rounds * kinds[kind].operations / seconds * 1e-9;
 }
 
 // GB/s of reading `bytes` once, on huge pages.
-extern "C" __attribute__((target("avx512f"))) double bandwidth(int threads, size_t bytes) {
+extern "C" double bandwidth(int threads, size_t bytes) {
   static char* buffer = nullptr;
   static size_t size = 0;
   if (bytes > size) {
@@ -94,13 +104,13 @@ extern "C" __attribute__((target("avx512f"))) double bandwidth(int threads, size
   }
   const size_t part = bytes / threads / 4096 * 4096;
   std::atomic<long> sink{0};
-  const double seconds = parallel(threads, [&](int i) __attribute__((target("avx512f"))) {
-    __m512i sum[4] = {};
-    for (const char *p = buffer + i * part, *last = p + part; p < last; p += 256)
-      for (int j = 0; j < 4; ++j) sum[j] = _mm512_xor_si512(sum[j], _mm512_load_si512(p + 64 * j));
-    alignas(64) long lanes[8];
-    _mm512_store_si512(lanes, _mm512_xor_si512(_mm512_xor_si512(sum[0], sum[1]), _mm512_xor_si512(sum[2], sum[3])));
-    sink += lanes[0];
+  const double seconds = parallel(threads, [&](int i) __attribute__((target("avx2"))) {
+    __m256i sum[4] = {};
+    for (const char *p = buffer + i * part, *last = p + part; p < last; p += 128)
+      for (int j = 0; j < 4; ++j)
+        sum[j] = _mm256_xor_si256(sum[j], _mm256_load_si256(reinterpret_cast<const __m256i*>(p + 32 * j)));
+    const __m256i all = _mm256_xor_si256(_mm256_xor_si256(sum[0], sum[1]), _mm256_xor_si256(sum[2], sum[3]));
+    sink += _mm256_extract_epi64(all, 0);
   });
   return part * threads / seconds * 1e-9;
 }
