@@ -237,14 +237,22 @@ inline void decode_rows(const Matrix& w, const Tables<F>& tables, int64_t row, i
 
 inline int64_t decode_ticks(int64_t rows, int64_t depth) { return rows * ((depth + kBlock - 1) / kBlock); }
 
+// Two stored rows x 64 columns -> [64][2].
+inline void interleave(const Weights& a, const Weights& b, uint16_t* out) {
+  alignas(64) static const uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, word(16));
+  _mm512_store_si512(out, _mm512_permutex2var_epi16(a.low, low, b.low));
+  _mm512_store_si512(out + 32, _mm512_permutex2var_epi16(a.low, high, b.low));
+  _mm512_store_si512(out + 64, _mm512_permutex2var_epi16(a.high, low, b.high));
+  _mm512_store_si512(out + 96, _mm512_permutex2var_epi16(a.high, high, b.high));
+}
+
 // Rows [k, k + depth) x n columns from col -> panels [n / kLine][pairs][kLine][2], zeros beyond depth rows; k and col
 // multiples of 128.
 template <Format F>
 inline void across_panel(const Matrix& w, const Tables<F>& tables, int64_t k, int64_t depth, int64_t col, int64_t n,
                          uint16_t* panel, int64_t pairs, Prefetch& prefetch) {
-  alignas(64) static const uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, word(16));
   constexpr int64_t kTogether = 16;  // pairs of rows per visit of a column line: bounds the DRAM pages open at once
   const int64_t stored = (depth + 1) / 2;
   for (int64_t p = 0; p < stored; p += kTogether)
@@ -261,10 +269,7 @@ inline void across_panel(const Matrix& w, const Tables<F>& tables, int64_t k, in
         const Weights a = load(k + 2 * q);
         const Weights b =
             2 * q + 1 < depth ? load(k + 2 * q + 1) : Weights{_mm512_setzero_si512(), _mm512_setzero_si512()};
-        _mm512_store_si512(out, _mm512_permutex2var_epi16(a.low, low, b.low));
-        _mm512_store_si512(out + 32, _mm512_permutex2var_epi16(a.low, high, b.low));
-        _mm512_store_si512(out + 64, _mm512_permutex2var_epi16(a.high, low, b.high));
-        _mm512_store_si512(out + 96, _mm512_permutex2var_epi16(a.high, high, b.high));
+        interleave(a, b, out);
       }
     }
   for (int64_t c = 0; c < n; c += kLine)

@@ -1,11 +1,15 @@
 // The AMX driver, written against tile.h. Forward: stored rows are the A operand as they are, tokens are B, packed once
-// per segment; backward: operand rows are A as they are, stored rows B, two interleaved. Included inside an unnamed
-// namespace.
+// per segment; backward: operand rows are A as they are, stored rows B, two interleaved. The tile unit is busy for 16
+// cycles per product and leaves the vector ports alone: what the next block needs is decoded in between. Included
+// inside an unnamed namespace.
 
-constexpr int64_t kDepth = 512;  // reduction per block of `along`: 32 stored rows are 32 KB of L1 and met by all tokens
-constexpr int64_t kAcrossDepth =
-    128;  // rows 4 KB apart share one 32nd of L2: this many, and as many prefetched, take 8 of its 16 ways
-constexpr int64_t kSteps = kDepth / 32;
+// Reduction per block of `along`: 32 stored rows are 32 KB of L1 and met by all tokens.
+constexpr int64_t kDepth = 512, kSteps = kDepth / 32;
+// Of `across`: sums are loaded and stored once per 8 steps. Rows 4 KB apart share one 32nd of a 2 MB L2: a block that
+// is being decoded and one on its way fill its 16 ways.
+constexpr int64_t kAcrossDepth = 256;
+// The block that has to be decoded first, with nothing to hide it.
+constexpr int64_t kFirstDepth = 128, kFirstAcrossDepth = 64;
 
 inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -36,8 +40,9 @@ struct Operand {
 };
 
 // C tiles (0 1 / 2 3) (+)= A tiles 4, 5 x B tiles 6, 7 over `steps` steps
+template <class Between>
 inline void two_by_two(const Operand (&a)[2], const Operand (&b)[2], int64_t steps, float* const (&c)[4],
-                       int64_t stride, bool add, Prefetch& prefetch) {
+                       int64_t stride, bool add, Between& between) {
   tile_fence();
   if (add) {
     tile_load(0, c[0], stride);
@@ -54,15 +59,15 @@ inline void two_by_two(const Operand (&a)[2], const Operand (&b)[2], int64_t ste
     tile_load(4, a[0].at(s), a[0].stride);
     tile_load(6, b[0].at(s), b[0].stride);
     tile_dpbf16(0, 4, 6);
-    prefetch.tick();
+    between.tick();
     tile_load(7, b[1].at(s), b[1].stride);
     tile_dpbf16(1, 4, 7);
-    prefetch.tick();
+    between.tick();
     tile_load(5, a[1].at(s), a[1].stride);
     tile_dpbf16(2, 5, 6);
-    prefetch.tick();
+    between.tick();
     tile_dpbf16(3, 5, 7);
-    prefetch.tick();
+    between.tick();
   }
   tile_store(0, c[0], stride);
   tile_store(1, c[1], stride);
@@ -72,9 +77,9 @@ inline void two_by_two(const Operand (&a)[2], const Operand (&b)[2], int64_t ste
 
 // Four stored tiles against one tile of tokens. `tokens_are_a`: C tile j = tokens x stored[j], otherwise stored[j] x
 // tokens.
-template <bool tokens_are_a>
+template <bool tokens_are_a, class Between>
 inline void four_by_one(const Operand (&stored)[4], const Operand& tokens, int64_t steps, float* const (&c)[4],
-                        int64_t stride, bool add, Prefetch& prefetch) {
+                        int64_t stride, bool add, Between& between) {
   tile_fence();
   if (add) {
     tile_load(0, c[0], stride);
@@ -91,7 +96,7 @@ inline void four_by_one(const Operand (&stored)[4], const Operand& tokens, int64
     tile_load(6, tokens.at(s), tokens.stride);
     tile_load(4, stored[0].at(s), stored[0].stride);
     tile_load(5, stored[1].at(s), stored[1].stride);
-    prefetch.tick();
+    between.tick();
     if constexpr (tokens_are_a) {
       tile_dpbf16(0, 6, 4);
       tile_dpbf16(1, 6, 5);
@@ -99,10 +104,10 @@ inline void four_by_one(const Operand (&stored)[4], const Operand& tokens, int64
       tile_dpbf16(0, 4, 6);
       tile_dpbf16(1, 5, 6);
     }
-    prefetch.tick();
+    between.tick();
     tile_load(4, stored[2].at(s), stored[2].stride);
     tile_load(5, stored[3].at(s), stored[3].stride);
-    prefetch.tick();
+    between.tick();
     if constexpr (tokens_are_a) {
       tile_dpbf16(2, 6, 4);
       tile_dpbf16(3, 6, 5);
@@ -110,7 +115,7 @@ inline void four_by_one(const Operand (&stored)[4], const Operand& tokens, int64
       tile_dpbf16(2, 4, 6);
       tile_dpbf16(3, 5, 6);
     }
-    prefetch.tick();
+    between.tick();
   }
   tile_store(0, c[0], stride);
   tile_store(1, c[1], stride);
@@ -119,62 +124,64 @@ inline void four_by_one(const Operand (&stored)[4], const Operand& tokens, int64
 }
 constexpr int64_t kTicks = 4;  // per step, in both
 
-// 16 stored rows x depth weights as tiles [depth / 32][16][32] in scratch; rows from `last` on and columns beyond are
-// finite.
-template <Format F>
-void along_tiles(const Matrix& w, const Tables<F>& tables, int64_t row, int64_t last, int64_t k, int64_t depth,
-                 uint16_t* tiles) {
-  for (int64_t i = 0; i < depth; i += kBlock)
-    for (int64_t j = 0; j < 16; ++j) {
-      const int64_t r = row + j < last ? row + j : last - 1;
-      const auto scale = tables.scale(w, r, k + i);
-      for (int64_t c = 0; c < kBlock && c < depth - i; c += 64) {
-        const Weights weights = Decode<F>::load(scale, byte_at(F, w, r, k + i), c, depth - i - c);
-        _mm512_store_si512(tiles + (i + c) * 16 + j * 32, weights.low);
-        _mm512_store_si512(tiles + (i + c + 32) * 16 + j * 32, weights.high);
-      }
-    }
+// The strip and block that are `ahead` of block i of this one; no data where there is none.
+struct Later {
+  Strip strip;
+  int64_t start, size;
+};
+inline Later later(const Product& p, const Blocks& blocks, int64_t next_total, int64_t i) {
+  if (i < blocks.count()) return {p.strip, blocks.start(i), blocks.size(i)};
+  const Blocks next{next_total, blocks.first, blocks.step};
+  i -= blocks.count();
+  if (!p.next.matrix.data || i >= next.count()) return {};
+  return {p.next, next.start(i), next.size(i)};
 }
 
 template <Format F>
 void along(const Product& p) {
-  uint16_t* const tiles = reinterpret_cast<uint16_t*>(p.scratch);  // [4][kSteps] stored tiles
+  constexpr int64_t kTiles = 4 * kSteps * kTile;
+  uint16_t* const tiles = reinterpret_cast<uint16_t*>(p.scratch);  // 2 x [4][kSteps] stored tiles
   float* const results =
-      reinterpret_cast<float*>(tiles + 4 * kSteps * kTile);  // [4][token tiles] of [16 stored rows][16 tokens]
+      reinterpret_cast<float*>(tiles + 2 * kTiles);  // [4][token tiles] of [16 stored rows][16 tokens]
   std::byte* const room = reinterpret_cast<std::byte*>(results + kLine * kMaxRows);
   const Matrix& w = p.strip.matrix;
-  const int64_t token_tiles = blocks_of(p.rows, 16), last = p.strip.first + p.strip.count;
+  const int64_t token_tiles = blocks_of(p.rows, 16);
   const uint16_t* const tokens = static_cast<const uint16_t*>(p.a);
   const auto result = [&](int64_t stored, int64_t token) { return results + (stored * token_tiles + token) * 256; };
-  for (int64_t k = 0; k < w.cols; k += kDepth) {
-    const int64_t depth = w.cols - k < kDepth ? w.cols - k : kDepth, steps = blocks_of(depth, 32);
-    // In place where the rows are operands already, all of them exist, and whole tiles of them do.
-    const bool in_place = Decode<F>::kInPlace && p.strip.count == kLine && depth % 32 == 0;
-    const Tables<F> tables(w, p.strip.first, p.strip.count, k, depth, room);
+
+  const Blocks blocks{w.cols, Decode<F>::kInPlace ? kDepth : kFirstDepth, kDepth};
+  // In place where the rows are operands already, all of them exist, and whole tiles of them do.
+  const auto in_place = [&](int64_t i) {
+    return Decode<F>::kInPlace && p.strip.count == kLine && blocks.size(i) % 32 == 0;
+  };
+  const auto decoder = [&](int64_t i, int64_t ticks) {
+    const bool wanted = i < blocks.count() && !in_place(i);
+    return TilesAhead<F>(p.strip, wanted ? blocks.start(i) : 0, wanted ? blocks.size(i) : 0, kSteps,
+                         tiles + i % 2 * kTiles, room, ticks);
+  };
+  decoder(0, 1).finish();
+  for (int64_t i = 0; i < blocks.count(); ++i) {
+    const int64_t k = blocks.start(i), steps = blocks_of(blocks.size(i), 32), ticks = token_tiles * steps * kTicks;
+    const Later l = later(p, blocks, p.next.matrix.cols, i + (Decode<F>::kInPlace ? 1 : 2));
+    Between<TilesAhead<F>> between{
+        Prefetch(byte_at(F, l.strip.matrix, l.strip.first, l.start), row_bytes(F, l.strip.matrix.cols),
+                 bytes_of(F, l.size), l.strip.count, ticks),
+        decoder(i + 1, ticks)};
     Operand stored[4];
-    for (int64_t j = 0; j < 4; ++j) {
-      if (in_place) {
-        stored[j] = {w.data + ((p.strip.first + 16 * j) * w.cols + k) * 2, w.cols * 2, 64};
-      } else {
-        along_tiles<F>(w, tables, p.strip.first + 16 * j, last, k, depth, tiles + j * kSteps * kTile);
-        stored[j] = {tiles + j * kSteps * kTile, 64, kTile * 2};
-      }
-    }
-    const bool more = k + kDepth < w.cols;
-    const Strip& s = more ? p.strip : p.next;
-    const int64_t from = more ? k + kDepth : 0, n = s.matrix.cols - from < kDepth ? s.matrix.cols - from : kDepth;
-    Prefetch prefetch(byte_at(F, s.matrix, s.first, from), row_bytes(F, s.matrix.cols), bytes_of(F, n), s.count,
-                      token_tiles * steps * kTicks);
+    for (int64_t j = 0; j < 4; ++j)
+      stored[j] = in_place(i) ? Operand{w.data + ((p.strip.first + 16 * j) * w.cols + k) * 2, w.cols * 2, 64}
+                              : Operand{tiles + i % 2 * kTiles + j * kSteps * kTile, 64, kTile * 2};
     const auto token = [&](int64_t t) {
       return Operand{tokens + (k / 32 * token_tiles + t) * kTile, 64, token_tiles * kTile * 2};
     };
     for (int64_t t = 0; t + 1 < token_tiles; t += 2)
       for (int64_t j = 0; j < 4; j += 2)
         two_by_two({stored[j], stored[j + 1]}, {token(t), token(t + 1)}, steps,
-                   {result(j, t), result(j, t + 1), result(j + 1, t), result(j + 1, t + 1)}, 64, k > 0, prefetch);
+                   {result(j, t), result(j, t + 1), result(j + 1, t), result(j + 1, t + 1)}, 64, i > 0, between);
     if (const int64_t t = token_tiles - 1; token_tiles % 2)
-      four_by_one<false>(stored, token(t), steps, {result(0, t), result(1, t), result(2, t), result(3, t)}, 64, k > 0,
-                         prefetch);
+      four_by_one<false>(stored, token(t), steps, {result(0, t), result(1, t), result(2, t), result(3, t)}, 64, i > 0,
+                         between);
+    between.ahead.finish();
   }
   tile_fence();
   for (int64_t j = 0; j < 4; ++j)
@@ -184,39 +191,45 @@ void along(const Product& p) {
 
 template <Format F>
 void across(const Product& p) {
-  uint16_t* const panel = reinterpret_cast<uint16_t*>(p.scratch);  // [columns / 64][steps * 16 pairs][64][2]
-  std::byte* const room = p.scratch + kAcrossDepth * 4 * kLine * sizeof(uint16_t);
+  constexpr int64_t kPanel = kAcrossDepth * 4 * kLine;
+  uint16_t* const panels = reinterpret_cast<uint16_t*>(p.scratch);  // 2 x [columns / 64][steps * 16 pairs][64][2]
+  std::byte* const room = reinterpret_cast<std::byte*>(panels + 2 * kPanel);
   const Matrix& w = p.strip.matrix;
   const int64_t token_tiles = blocks_of(p.rows, 16), lines = blocks_of(p.strip.count, kLine);
-  for (int64_t k = 0; k < w.rows; k += kAcrossDepth) {
-    const int64_t depth = w.rows - k < kAcrossDepth ? w.rows - k : kAcrossDepth, steps = blocks_of(depth, 32),
-                  pairs = steps * 16;
-    const bool more = k + kAcrossDepth < w.rows;
-    const Strip& s = more ? p.strip : p.next;
-    const int64_t from = more ? k + kAcrossDepth : 0,
-                  n = s.matrix.rows - from < kAcrossDepth ? s.matrix.rows - from : kAcrossDepth;
-    Prefetch prefetch(byte_at(F, s.matrix, from, s.first), row_bytes(F, s.matrix.cols), bytes_of(F, s.count), n,
-                      across_ticks(p.strip.count, pairs) + token_tiles * lines * steps * kTicks);
-    const Tables<F> tables(w, k, depth, p.strip.first, p.strip.count, room);
-    across_panel<F>(w, tables, k, depth, p.strip.first, p.strip.count, panel, pairs, prefetch);
-    const bool add = p.add || k > 0;
+  const Blocks blocks{w.rows, kFirstAcrossDepth, kAcrossDepth};
+  const auto pairs_of = [&](int64_t i) { return blocks_of(blocks.size(i), 32) * 16; };
+  const auto decoder = [&](int64_t i, int64_t ticks) {
+    const bool wanted = i < blocks.count();
+    return PanelAhead<F>(p.strip, wanted ? blocks.start(i) : 0, wanted ? blocks.size(i) : 0, wanted ? pairs_of(i) : 0,
+                         panels + i % 2 * kPanel, room, ticks);
+  };
+  decoder(0, 1).finish();
+  for (int64_t i = 0; i < blocks.count(); ++i) {
+    const int64_t k = blocks.start(i), pairs = pairs_of(i), steps = pairs / 16,
+                  ticks = token_tiles * lines * steps * kTicks;
+    const Later l = later(p, blocks, p.next.matrix.rows, i + 2);
+    Between<PanelAhead<F>> between{
+        Prefetch(byte_at(F, l.strip.matrix, l.start, l.strip.first), row_bytes(F, l.strip.matrix.cols),
+                 bytes_of(F, l.strip.count), l.size, ticks),
+        decoder(i + 1, ticks)};
+    const bool add = p.add || i > 0;
     const auto token = [&](int64_t t) {
       return Operand{static_cast<const uint16_t*>(p.a) + t * 16 * p.lda + k, p.lda * 2, 64};
     };
     for (int64_t line = 0; line < lines; ++line) {
       Operand stored[4];
       for (int64_t j = 0; j < 4; ++j)
-        stored[j] = {panel + line * pairs * kLine * 2 + j * 32, kLine * 4, 16 * kLine * 4};
+        stored[j] = {panels + i % 2 * kPanel + line * pairs * kLine * 2 + j * 32, kLine * 4, 16 * kLine * 4};
       const auto result = [&](int64_t t, int64_t j) { return p.c + t * 16 * p.ldc + line * kLine + j * 16; };
       for (int64_t j = 0; j < 4; j += 2)
         for (int64_t t = 0; t + 1 < token_tiles; t += 2)
           two_by_two({token(t), token(t + 1)}, {stored[j], stored[j + 1]}, steps,
-                     {result(t, j), result(t, j + 1), result(t + 1, j), result(t + 1, j + 1)}, p.ldc * 4, add,
-                     prefetch);
+                     {result(t, j), result(t, j + 1), result(t + 1, j), result(t + 1, j + 1)}, p.ldc * 4, add, between);
       if (const int64_t t = token_tiles - 1; token_tiles % 2)
         four_by_one<true>(stored, token(t), steps, {result(t, 0), result(t, 1), result(t, 2), result(t, 3)}, p.ldc * 4,
-                          add, prefetch);
+                          add, between);
     }
+    between.ahead.finish();
   }
   tile_fence();
 }

@@ -1,0 +1,141 @@
+// Decoding the next block of stored rows a little at a time, between the tile products of the present one.
+// Included inside an unnamed namespace after decode_avx512.h.
+
+// The reduction in blocks: a short one first where it has to be decoded before there is a product to hide it behind.
+struct Blocks {
+  int64_t total, first, step;
+  int64_t count() const { return total <= first ? 1 : 1 + (total - first + step - 1) / step; }
+  int64_t start(int64_t i) const { return i == 0 ? 0 : first + (i - 1) * step; }
+  int64_t size(int64_t i) const {
+    const int64_t whole = i == 0 ? first : step, left = total - start(i);
+    return left < whole ? left : whole;
+  }
+};
+
+// Spreads `units` of work evenly over `ticks`.
+class Pace {
+ public:
+  Pace(int64_t units, int64_t ticks)
+      : left_(units), rate_((kWhole * units + (ticks > 0 ? ticks : 1) - 1) / (ticks > 0 ? ticks : 1)) {}
+  template <class Unit>
+  inline __attribute__((always_inline)) void tick(Unit unit) {
+    for (due_ += rate_; due_ >= kWhole && left_ > 0; due_ -= kWhole, --left_) unit();
+  }
+  template <class Unit>
+  void finish(Unit unit) {
+    for (; left_ > 0; --left_) unit();
+  }
+
+ private:
+  static constexpr int64_t kWhole = 16;
+  int64_t left_, rate_, due_ = 0;
+};
+
+// kLine stored rows x columns [k, k + depth) -> tiles [kLine / 16][tile_steps] of [16 rows][32]; k a multiple of 128.
+// Rows beyond the strip repeat its last one, columns beyond depth are finite. A unit is 128 weights of one row.
+template <Format F>
+class TilesAhead {
+ public:
+  TilesAhead(const Strip& strip, int64_t k, int64_t depth, int64_t tile_steps, uint16_t* tiles, std::byte* room,
+             int64_t ticks)
+      : strip_(strip),
+        k_(k),
+        depth_(depth),
+        tile_steps_(tile_steps),
+        tiles_(tiles),
+        tables_(strip.matrix, strip.first, depth > 0 ? strip.count : 0, k, depth, room),
+        pace_((depth + kBlock - 1) / kBlock * kLine, ticks) {}
+  inline __attribute__((always_inline)) void tick() {
+    pace_.tick([&] { unit(); });
+  }
+  void finish() {
+    pace_.finish([&] { unit(); });
+  }
+
+ private:
+  __attribute__((noinline)) void unit() {
+    const int64_t row = strip_.first + (row_ < strip_.count ? row_ : strip_.count - 1);
+    const auto scale = tables_.scale(strip_.matrix, row, k_ + at_);
+    const uint8_t* const p = byte_at(F, strip_.matrix, row, k_ + at_);
+    uint16_t* const out = tiles_ + (row_ / 16 * tile_steps_ + at_ / 32) * kTile + row_ % 16 * 32;
+    for (int64_t c = 0; c < kBlock && c < depth_ - at_; c += 64) {
+      const Weights weights = Decode<F>::load(scale, p, c, depth_ - at_ - c);
+      _mm512_store_si512(out + c / 32 * kTile, weights.low);
+      _mm512_store_si512(out + (c / 32 + 1) * kTile, weights.high);
+    }
+    if (++row_ == kLine) {
+      row_ = 0;
+      at_ += kBlock;
+    }
+  }
+
+  const Strip strip_;
+  const int64_t k_, depth_, tile_steps_;
+  uint16_t* const tiles_;
+  const Tables<F> tables_;
+  Pace pace_;
+  int64_t row_ = 0, at_ = 0;
+};
+
+// Stored rows [k, k + depth) of a strip -> panels [lines of 64 columns][pairs][64][2] of `pairs` pairs of rows each,
+// zeros beyond depth rows; k even. A unit is 64 columns of a pair.
+template <Format F>
+class PanelAhead {
+ public:
+  PanelAhead(const Strip& strip, int64_t k, int64_t depth, int64_t pairs, uint16_t* panel, std::byte* room,
+             int64_t ticks)
+      : strip_(strip),
+        k_(k),
+        depth_(depth),
+        pairs_(pairs),
+        lines_((strip.count + kLine - 1) / kLine),
+        panel_(panel),
+        tables_(strip.matrix, k, depth, strip.first, depth > 0 ? strip.count : 0, room),
+        pace_(depth > 0 ? pairs * lines_ : 0, ticks) {}
+  inline __attribute__((always_inline)) void tick() {
+    pace_.tick([&] { unit(); });
+  }
+  void finish() {
+    pace_.finish([&] { unit(); });
+  }
+
+ private:
+  // Sixteen pairs per visit of a line of columns: bounds the DRAM pages open at once, as in across_panel.
+  static constexpr int64_t kTogether = 16;
+
+  __attribute__((noinline)) void unit() {
+    const int64_t c = line_ * kLine, block = (strip_.first + c) / kBlock * kBlock, at = strip_.first + c - block;
+    const int64_t pair = group_ + in_group_, row = k_ + 2 * pair;
+    uint16_t* const out = panel_ + (line_ * pairs_ + pair) * kLine * 2;
+    const auto load = [&](int64_t r) {
+      if (r >= k_ + depth_) return Weights{_mm512_setzero_si512(), _mm512_setzero_si512()};
+      return Decode<F>::load(tables_.scale(strip_.matrix, r, block), byte_at(F, strip_.matrix, r, block), at,
+                             strip_.count - c);
+    };
+    interleave(load(row), load(row + 1), out);
+    const int64_t group = pairs_ - group_ < kTogether ? pairs_ - group_ : kTogether;
+    if (++in_group_ < group) return;
+    in_group_ = 0;
+    if (++line_ < lines_) return;
+    line_ = 0;
+    group_ += group;
+  }
+
+  const Strip strip_;
+  const int64_t k_, depth_, pairs_, lines_;
+  uint16_t* const panel_;
+  const Tables<F> tables_;
+  Pace pace_;
+  int64_t group_ = 0, line_ = 0, in_group_ = 0;
+};
+
+// What happens between tile products: bytes of later blocks are asked for, the next block is decoded.
+template <class Ahead>
+struct Between {
+  Prefetch prefetch;
+  Ahead ahead;
+  inline __attribute__((always_inline)) void tick() {
+    prefetch.tick();
+    ahead.tick();
+  }
+};
