@@ -11,7 +11,7 @@ from make_goldens import CASES, random_params
 
 from kjax import lora
 from kjax.errors import ConfigError
-from kjax.models import Cache, ModelConfig, Transformer, attention, linears, unembed
+from kjax.models import Cache, ModelConfig, Transformer, attention, linears, mla, unembed
 from kjax.models.layers import Projection, dropout, linear, merged
 from kjax.offload import ExpertStore
 
@@ -194,8 +194,8 @@ def test_absorbed_attention_equals_expanded_with_an_adapter_on_kv_b():
     c, k_rope = jax.random.normal(next(draw), (2, 9, r)), jax.random.normal(next(draw), (2, 9, 8))
     visible = attention.mask(jnp.ones((2, 5)), jnp.ones((2, 9)), 4)
     arguments = ({"kv_b_proj": kv_b}, CONFIG, q_nope, q_rope, c, k_rope, visible)
-    expanded = jax.jit(attention.attend, static_argnums=1)(*arguments, jnp.arange(2))
-    absorbed = jax.jit(attention.attend_absorbed, static_argnums=1)(*arguments)
+    expanded = jax.jit(mla.attend, static_argnums=1)(*arguments, jnp.arange(2))
+    absorbed = jax.jit(mla.attend_absorbed, static_argnums=1)(*arguments)
     # Scores reach some tens here, so exp() turns their rounding into tens of eps.
     assert relative_error(absorbed, expanded) <= 1e-4
 

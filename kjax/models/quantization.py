@@ -26,7 +26,7 @@ INT8_GROUP = Quantization("int8_group128", "", "_scale")
 
 
 def read(keys) -> Quantization | None:
-    """From the `_Keys` of a config.json; None where the weights are stored whole."""
+    """From the `Keys` of a config.json; None where the weights are stored whole."""
     content = keys.get("quantization_config", None)
     if content is None:
         return None

@@ -39,7 +39,7 @@ def by_group(scores, groups: int):
 
 
 def greedy(logits, bias, config: ModelConfig):
-    """DeepSeek-V2-Lite: the best experts by softmax."""
+    """DeepSeek-V2-Lite, Qwen3: the best experts by softmax. What differs between them, norm_topk_prob, is for route."""
     scores = jax.nn.softmax(logits)
     return scores, scores
 
@@ -61,7 +61,8 @@ def noaux_tc(logits, bias, config: ModelConfig):
     return scores, choice
 
 
-ROUTERS = {"greedy": greedy, "group_limited_greedy": group_limited_greedy, "noaux_tc": noaux_tc}
+ROUTERS = {"greedy": greedy, "softmax_topk": greedy, "group_limited_greedy": group_limited_greedy,
+           "noaux_tc": noaux_tc}
 
 
 def route(w: dict, config: ModelConfig, x):

@@ -14,20 +14,26 @@ from flax.traverse_util import flatten_dict
 
 from kjax.errors import ConfigError
 from kjax.lora import LoraSpec
-from kjax.models.attention import MLA, Tokens, mla, mla_cached
+from kjax.models.attention import Tokens
 from kjax.models.config import ModelConfig
+from kjax.models.gqa import GQA, gqa, gqa_cache, gqa_cached
 from kjax.models.layers import INIT, MLP, Linear, Norm, Parts, rms_norm, swiglu
+from kjax.models.mla import MLA, mla, mla_cache, mla_cached
 from kjax.models.moe import MoE, moe
 from kjax.models.rope import cos_sin
 from kjax.offload.experts import SAVED
 from kjax.offload.store import ExpertStore
+
+# Family.attention: the module, its arithmetic within rows and over a cache, and what a cache keeps of a token.
+ATTENTION = {"mla": (MLA, mla, mla_cached, mla_cache), "gqa": (GQA, gqa, gqa_cached, gqa_cache)}
 
 
 @struct.dataclass
 class Cache:
     """What generation keeps of the tokens so far: S places per row, the first `length` of them filled.
 
-    layers: {"dense_layers" | "moe_layers": {"c": [L,B,S,R], "k_rope": [L,B,S,P]}}.  segments: [B,S].
+    layers: {"dense_layers" | "moe_layers": {"c": [L,B,S,R], "k_rope": [L,B,S,P]}}, with grouped queries {"k", "v":
+    [L,B,S,G,C]}.  segments: [B,S].
     """
 
     layers: dict
@@ -38,8 +44,8 @@ class Cache:
     def empty(cls, config: ModelConfig, rows: int, places: int, dtype) -> "Cache":
         """Room for `places` tokens in each of `rows` rows. Writing beyond it is not detected: ask for enough."""
         stacks = {"dense_layers": config.num_dense_layers, "moe_layers": config.num_moe_layers}
-        layers = {stack: {"c": jnp.zeros((n, rows, places, config.kv_lora_rank), dtype),
-                          "k_rope": jnp.zeros((n, rows, places, config.qk_rope_head_dim), dtype)}
+        kept = ATTENTION[config.family.attention][-1](config)
+        layers = {stack: {name: jnp.zeros((n, rows, places, *shape), dtype) for name, shape in kept.items()}
                   for stack, n in stacks.items() if n}
         return cls(layers, jnp.zeros((rows, places), jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -70,13 +76,14 @@ class Layer(Parts):
         """x [B,T,D], layer: its number in the stack, cache: its part of the cache or None -> x, cache."""
         c, parts = self.config, (self.config, self.lora, self.dtype, self.deterministic)
         norm = Norm(c.hidden_size, self.dtype, name="input_layernorm")()
-        w = MLA(*parts, name="self_attn")()
+        declare, attend, attend_cached, _ = ATTENTION[c.family.attention]
+        w = declare(*parts, name="self_attn")()
         if cache is None:
             def attention(x, tokens):
-                return x + mla(w, c, rms_norm(x, norm, c.rms_norm_eps), tokens)
+                return x + attend(w, c, rms_norm(x, norm, c.rms_norm_eps), tokens)
             x = in_micro_batches(attention, self.micro_rows, x, tokens)
         else:
-            o, cache = mla_cached(w, c, rms_norm(x, norm, c.rms_norm_eps), tokens, cache, key_segments, start)
+            o, cache = attend_cached(w, c, rms_norm(x, norm, c.rms_norm_eps), tokens, cache, key_segments, start)
             x = x + o
 
         h = rms_norm(x, Norm(c.hidden_size, self.dtype, name="post_attention_layernorm")(), c.rms_norm_eps)
@@ -127,7 +134,7 @@ class Transformer(nn.Module):
           hidden [B,T,D], and the cache with these tokens in it if one was given.
         """
         c = self.config
-        cos, sin = cos_sin(c.rope, c.qk_rope_head_dim, positions)
+        cos, sin = cos_sin(c.rope, c.rope_width, positions)
         batch = Tokens(cos, sin, segments, jnp.arange(tokens.shape[0]))
         # An id beyond the table gives NaN here; clamping would train on another token.
         x = jnp.take(Embedding(c, self.dtype, name="embed_tokens")(), tokens, axis=0, mode="fill").astype(self.dtype)

@@ -21,7 +21,7 @@ def account(checkpoint: Checkpoint, config, abstract: Mapping) -> list[tuple[Sou
     CheckpointError with everything that is missing, extra, misshapen or of a dtype that cannot be read. Which weights
     are quantised is told by the tensors themselves, how by config.quantization.
     """
-    wanted = places(abstract)
+    wanted = places(abstract, config.family.prefix)
     hosted = {}
     if config.num_moe_layers and not any("/experts/" in (place.leaf or "") for place in wanted.values()):
         hosted = _hosted(config)

@@ -24,12 +24,18 @@ class Place:
     shape: tuple[int, ...]
 
 
-def places(abstract: Mapping) -> dict[str, Place]:
+def places(abstract: Mapping, prefix: str = "") -> dict[str, Place]:
     """Checkpoint name -> place, for every tensor that a tree of shapes asks for.
 
     The tree's paths are the Hugging Face names: `moe_layers/self_attn/o_proj/weight` [L, ...] stacks
-    `model.layers.{first + l}.self_attn.o_proj.weight`, where the MoE stack begins after the dense one.
+    `model.layers.{first + l}.self_attn.o_proj.weight`, where the MoE stack begins after the dense one. prefix: of all
+    names, as a multimodal checkpoint has it (`Family.prefix`).
     """
+    found = _places(abstract)
+    return {prefix + name: place for name, place in found.items()} if prefix else found
+
+
+def _places(abstract: Mapping) -> dict[str, Place]:
     leaves = flatten_dict(abstract, sep="/")
     first = {"dense_layers": 0, "moe_layers": _length(leaves, "dense_layers")}
     found = {}
@@ -60,7 +66,7 @@ def experts(config) -> Iterator[tuple[int, int, str, str, tuple[int, int]]]:
     width, hidden = config.hidden_size, config.moe_intermediate_size
     shapes = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
     for layer in range(config.num_moe_layers):
-        prefix = f"model.layers.{config.num_hidden_layers - config.num_moe_layers + layer}.mlp.experts"
+        prefix = f"{config.family.prefix}model.layers.{config.num_dense_layers + layer}.mlp.experts"
         for expert in range(config.n_routed_experts):
             for projection in PROJECTIONS:
                 yield layer, expert, projection, f"{prefix}.{expert}.{projection}.weight", shapes[projection]
@@ -68,6 +74,12 @@ def experts(config) -> Iterator[tuple[int, int, str, str, tuple[int, int]]]:
 
 def skipped(name: str, config) -> str | None:
     """Why a tensor of the checkpoint is not loaded, or None if it must have a place."""
+    for pattern, reason in config.family.unused.items():
+        if re.fullmatch(pattern, name):
+            return reason
+    if not name.startswith(config.family.prefix):
+        return None
+    name = name.removeprefix(config.family.prefix)
     if name.endswith(".rotary_emb.inv_freq"):
         return "a constant that follows from config.json"
     layer = _LAYER.match(name)
