@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kjax import peft_config
 from kjax.errors import CheckpointError, ConfigError, RunError
-from kjax.lora import LoraSpec, abstract, group, module_names
+from kjax.lora import Linears, LoraSpec, abstract, group, module_names
 from kjax.weights.safetensors import parse_json, quote
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -70,7 +69,7 @@ def notes(spec: LoraSpec) -> tuple[str, ...]:
             "give model.config.model_type another name before PeftModel.from_pretrained, use transformers 4, or merge",)
 
 
-def save(directory: str | os.PathLike, tree: dict, spec: LoraSpec, linears: Mapping[str, tuple[int, int, int]], *,
+def save(directory: str | os.PathLike, tree: dict, spec: LoraSpec, linears: Linears, *,
          base: Base, chat_template: str | None = None) -> Path:
     """Writes a lora tree as PEFT files, with the base's identity and the chat template beside them.
 
@@ -90,11 +89,11 @@ def save(directory: str | os.PathLike, tree: dict, spec: LoraSpec, linears: Mapp
     return Path(directory)
 
 
-def load(directory: str | os.PathLike, linears: Mapping[str, tuple[int, int, int]],
+def load(directory: str | os.PathLike, linears: Linears,
          base: Base | None = None) -> tuple[LoraSpec, dict]:
     """Reads a PEFT adapter, kjax's or another's, into a spec and a lora tree of fp32 arrays.
 
-    linears: path -> (L, in, out) of the model. Everything that does not fit it is reported at once. Where both
+    linears: those of the model. Everything that does not fit it is reported at once. Where both
     `base` and the files identify the base model they must agree.
     """
     directory = Path(directory)
@@ -134,7 +133,7 @@ def _tensors(tree: dict, spec: LoraSpec, linears) -> dict[str, np.ndarray]:
     tensors = {}
     for name, leaf in leaves.items():
         path, matrix = name.rsplit("/", 1)
-        stack = np.ascontiguousarray(leaf, np.float32)
+        stack = np.ascontiguousarray(leaf, np.float32).reshape(-1, *leaf.shape[-2:])
         if not np.isfinite(stack).all():
             raise RunError(f"{name} holds NaN or Inf: not saved")
         tensors |= {_key(module, matrix): array
@@ -173,7 +172,7 @@ def _match(directory: Path, settings: peft_config.Settings, found: dict, linears
     problems = _strangers([key for key in found if key not in keys])
     present = {keys[key][1] for key in found if key in keys}
     entries = []
-    for path, (_, width_in, width_out) in linears.items():
+    for path, size in linears.items():
         modules = module_names(path, linears)
         named = [module for module in modules if (settings.names(module) if settings.targets else module in present)]
         if unnamed := present.intersection(modules).difference(named):
@@ -185,7 +184,7 @@ def _match(directory: Path, settings: peft_config.Settings, found: dict, linears
         modules = named
         adapters = {module: settings.adapter(module) for module in modules}
         for module, adapter in adapters.items():
-            wanted = {"lora_A": (adapter.rank, width_in), "lora_B": (width_out, adapter.rank)}
+            wanted = {"lora_A": (adapter.rank, size.width_in), "lora_B": (size.width_out, adapter.rank)}
             for matrix, shape in wanted.items():
                 dtype, actual = found.get(_key(module, matrix), (None, None))
                 if dtype is None:
@@ -224,12 +223,12 @@ def _read(file: Path, tensors, spec: LoraSpec, linears) -> dict:
     leaves, bad = {}, []
     for name, leaf in flatten_dict(abstract(spec, linears), sep="/").items():
         path, matrix = name.rsplit("/", 1)
-        stack = np.empty(leaf.shape, np.float32)
+        stack = np.empty((math.prod(leaf.shape[:-2]), *leaf.shape[-2:]), np.float32)
         for i, module in enumerate(module_names(path, linears)):
             stack[i] = tensors.get_tensor(_key(module, matrix))
             if not np.isfinite(stack[i]).all():
                 bad.append(_key(module, matrix))
-        leaves[name] = jnp.asarray(stack)
+        leaves[name] = jnp.asarray(stack.reshape(leaf.shape))
     if bad:
         raise CheckpointError(f"{file}: NaN or Inf in {_listed(bad)}")
     return unflatten_dict(leaves, sep="/")

@@ -15,14 +15,14 @@ class Job:
     """A checked run.
 
     Attributes:
-      linears: path -> (L, in, out) of everything adaptable.  adapter: the lora tree to continue from, or None.
+      linears: everything adaptable.  adapter: the lora tree to continue from, or None.
       batches: the optimiser steps.  evaluation: rows to evaluate on, or None.
       base: the identity that adapters record.  identity: what a saved state must have been trained from.
     """
 
     config: Config
     model: models.ModelConfig
-    linears: dict[str, tuple[int, int, int]]
+    linears: dict[str, lora.Size]
     spec: lora.LoraSpec
     adapter: dict | None
     tokenizer: data.Tokenizer

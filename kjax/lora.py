@@ -22,21 +22,34 @@ GROUPS = {
     "attention": lambda path: "/self_attn/" in path,
     "shared": lambda path: "/mlp/shared_experts/" in path,
     "dense": lambda path: path.startswith("dense_layers/mlp/"),
+    "experts": lambda path: "/mlp/experts/" in path,
 }
 
 _ROUTER = "the router is never adapted: its choice of experts stays that of the base model"
-_ROUTED = "adapters on the routed experts are not supported yet; use attention, shared or dense"
 # What cannot be adapted, by the name a user would give it or by its place in a layer, and why.
 _REFUSED = {
-    "experts": _ROUTED,
-    "mlp.experts.0.gate_proj": _ROUTED,
-    "mlp.experts.0.up_proj": _ROUTED,
-    "mlp.experts.0.down_proj": _ROUTED,
     "router": _ROUTER,
     "mlp.gate": _ROUTER,
     "embed_tokens": "the embedding is not adapted",
     "lm_head": "the output head is not adapted",
 }
+
+
+class Size(NamedTuple):
+    """What a stacked linear is: [layers, out, in], or [layers, experts, out, in] for a routed expert's."""
+
+    layers: int
+    width_in: int
+    width_out: int
+    experts: int | None = None
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The leading axes of its arrays: (L,), or (L, E)."""
+        return (self.layers,) if self.experts is None else (self.layers, self.experts)
+
+
+Linears = Mapping[str, Size]  # path -> size of everything that could be adapted
 
 
 @dataclass(frozen=True)
@@ -69,30 +82,44 @@ class LoraSpec:
 
 
 def group(path: str) -> str:
-    """The group a linear path belongs to: attention, shared or dense."""
+    """The group a linear path belongs to: attention, shared, dense or experts."""
     return next(name for name, belongs in GROUPS.items() if belongs(path))
 
 
-def layer_offset(path: str, linears: Mapping[str, tuple[int, int, int]]) -> int:
+def layer_offset(path: str, linears: Linears) -> int:
     """The Hugging Face number of a stack's first layer: the MoE layers come after the dense ones."""
     if path.startswith("dense_layers/"):
         return 0
-    return next((layers for other, (layers, _, _) in linears.items() if other.startswith("dense_layers/")), 0)
+    return next((size.layers for other, size in linears.items() if other.startswith("dense_layers/")), 0)
 
 
-def module_names(path: str, linears: Mapping[str, tuple[int, int, int]]) -> list[str]:
-    """The Hugging Face module names of a stacked linear, one per layer: `model.layers.3.self_attn.q_b_proj`."""
+def module_names(path: str, linears: Linears) -> list[str]:
+    """The Hugging Face module names of a stacked linear, one per layer: `model.layers.3.self_attn.q_b_proj`.
+
+    Of a routed expert's linear one per layer and expert, in the order of the stack's [L, E]:
+    `model.layers.3.mlp.experts.0.up_proj`.
+    """
+    size, names = linears[path], stack_names(path, linears)
+    if size.experts is None:
+        return names
+    ends = (name.rsplit(".", 1) for name in names)
+    return [f"{experts}.{e}.{projection}" for experts, projection in ends for e in range(size.experts)]
+
+
+def stack_names(path: str, linears: Linears) -> list[str]:
+    """One name per layer, without the number of an expert: `model.layers.3.mlp.experts.up_proj`."""
     first, tail = layer_offset(path, linears), path.split("/", 1)[1].replace("/", ".")
-    return [f"model.layers.{first + i}.{tail}" for i in range(linears[path][0])]
+    return [f"model.layers.{first + i}.{tail}" for i in range(linears[path].layers)]
 
 
-def resolve(settings: config.Lora, linears: Mapping[str, tuple[int, int, int]]) -> LoraSpec:
+def resolve(settings: config.Lora, linears: Linears) -> LoraSpec:
     """Turns targets and patterns into one adapter per linear.
 
-    linears: path -> (L, in, out) of everything that could be adapted. A target, an exclusion or the key of a pattern
-    is a group, or a regular expression for a module's whole name or its end after a dot: `q_b_proj`,
-    `shared_experts.up_proj`, `.*_a_proj`, `model.layers.0.mlp.*`. Where several keys of one pattern fit a linear a
-    projection name goes before a group and a regular expression before both; two of one kind must agree.
+    A target, an exclusion or the key of a pattern is a group, or a regular expression for a module's whole name or
+    its end after a dot: `q_b_proj`, `shared_experts.up_proj`, `.*_a_proj`, `model.layers.0.mlp.*`. As in PEFT a bare
+    projection name selects every module that ends in it, so `gate_proj` includes the routed experts; those are
+    named with their number or without, `experts.5.up_proj` or `experts.up_proj`. Where several keys of one pattern fit
+    a linear a projection name goes before a group and a regular expression before both; two of one kind must agree.
     """
     linears = {path: size for path, size in linears.items() if not path.endswith("/mlp/gate")}
     chosen = {path for target in settings.targets for path in _select("targets", target, linears)}
@@ -120,11 +147,14 @@ def _select(setting: str, name: str, linears) -> list[str]:
         raise ConfigError(f"Lora.{setting} = {name!r}: no group and no regular expression ({error})") from error
     found = []
     for path in linears:
-        names = module_names(path, linears)
-        hits = [n for n in names if pattern.fullmatch(n)]
+        for names in ([stack_names(path, linears)] if linears[path].experts else []) + [module_names(path, linears)]:
+            hits = [n for n in names if pattern.fullmatch(n)]
+            if len(hits) == len(names):
+                break
         if hits and len(hits) < len(names):
-            raise ConfigError(f"Lora.{setting} = {name!r} fits {len(hits)} of the {len(names)} layers of {path} only "
-                              f"({hits[0]}, ...): the layers of a stack are adapted together; match all of them")
+            what = "layers" if linears[path].experts is None else "experts"
+            raise ConfigError(f"Lora.{setting} = {name!r} fits {len(hits)} of the {len(names)} {what} of {path} only "
+                              f"({hits[0]}, ...): a stack is adapted as a whole; match all of it")
         if hits:
             found.append(path)
     layers = {n.rsplit(".self_attn.", 1)[0] for path in linears if GROUPS["attention"](path)
@@ -164,17 +194,20 @@ def _pattern(setting: str, pattern: Mapping[str, float], chosen: set[str], linea
     return values
 
 
-def abstract(spec: LoraSpec, linears: Mapping[str, tuple[int, int, int]]) -> dict:
-    """The shapes of the lora tree: path -> {"lora_A": [L, R, in], "lora_B": [L, out, R]}, all fp32."""
+def abstract(spec: LoraSpec, linears: Linears) -> dict:
+    """The shapes of the lora tree: path -> {"lora_A": [L, R, in], "lora_B": [L, out, R]}, all fp32.
+
+    Those of the routed experts have a second axis: [L, E, R, in] and [L, E, out, R].
+    """
     leaves = {}
     for path, adapter in spec.entries:
-        layers, width_in, width_out = linears[path]
-        leaves[f"{path}/lora_A"] = jax.ShapeDtypeStruct((layers, adapter.rank, width_in), jnp.float32)
-        leaves[f"{path}/lora_B"] = jax.ShapeDtypeStruct((layers, width_out, adapter.rank), jnp.float32)
+        size = linears[path]
+        leaves[f"{path}/lora_A"] = jax.ShapeDtypeStruct((*size.stack, adapter.rank, size.width_in), jnp.float32)
+        leaves[f"{path}/lora_B"] = jax.ShapeDtypeStruct((*size.stack, size.width_out, adapter.rank), jnp.float32)
     return unflatten_dict(leaves, sep="/")
 
 
-def init(spec: LoraSpec, linears: Mapping[str, tuple[int, int, int]], key: jax.Array) -> dict:
+def init(spec: LoraSpec, linears: Linears, key: jax.Array) -> dict:
     """A fresh lora tree: A uniform, B zero, so that training starts from the base model.
 
     Each A is drawn from its own key, made from its path: another target does not change the others.
@@ -265,15 +298,15 @@ def size(count_bytes: float) -> str:
     return f"{count_bytes:.1f} TB"
 
 
-def table(spec: LoraSpec, linears: Mapping[str, tuple[int, int, int]], base_parameters: int | None = None) -> Table:
+def table(spec: LoraSpec, linears: Linears, base_parameters: int | None = None) -> Table:
     """What the adapters of a spec cost, per group; base_parameters adds their share of the model."""
     parameters: dict[str, int] = {}
     ranks: dict[str, set[int]] = {}
     order = list(GROUPS)
     for path, adapter in sorted(spec.entries, key=lambda entry: order.index(group(entry[0]))):
-        layers, width_in, width_out = linears[path]
-        name = group(path)
-        parameters[name] = parameters.get(name, 0) + layers * adapter.rank * (width_in + width_out)
+        linear, name = linears[path], group(path)
+        numbers = math.prod(linear.stack) * adapter.rank * (linear.width_in + linear.width_out)
+        parameters[name] = parameters.get(name, 0) + numbers
         ranks.setdefault(name, set()).add(adapter.rank)
     parameters["total"], ranks["total"] = sum(parameters.values()), set()
     return Table(tuple(Row(name, n, n * MASTER_BYTES) for name, n in parameters.items()),

@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from kjax.errors import CheckpointError, ConfigError
-from kjax.lora import Adapter, LoraSpec, module_names
+from kjax.lora import Adapter, Linears, LoraSpec, module_names
 from kjax.weights.safetensors import quote
-
-Linears = Mapping[str, tuple[int, int, int]]  # path -> (L, in, out)
 
 # What PEFT can put into a LoRA that the formula y = W x + scale * B A x does not hold. Other keys, known or not,
 # leave the formula alone.
@@ -38,7 +36,8 @@ def write(spec: LoraSpec, linears: Linears, base: str) -> dict:
     # Modules that a short name must not select: also those that kjax stacks elsewhere or never adapts.
     modules = {name: path for path in linears for name in module_names(path, linears)}
     for layer in {re.match(r"model\.layers\.\d+", name)[0] for name in modules}:
-        modules |= {f"{layer}.mlp.experts.0.{name}": "" for name in ("gate_proj", "up_proj", "down_proj")}
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            modules.setdefault(f"{layer}.mlp.experts.0.{name}", "")
     targets = _spell(spec.paths, linears, modules, lambda path: spec.get(path) is not None)
     rank, rank_pattern = _pattern({path: adapter.rank for path, adapter in spec.entries}, linears)
     alpha, alpha_pattern = _pattern({path: _whole(adapter.alpha) for path, adapter in spec.entries}, linears)

@@ -16,15 +16,15 @@ from flax.traverse_util import flatten_dict
 from kjax import adapters, lora, peft_config
 from kjax.config import Lora
 from kjax.errors import CheckpointError, ConfigError, RunError
-from kjax.lora import Adapter, LoraSpec
+from kjax.lora import Adapter, LoraSpec, Size
 
 LINEARS = {
-    "dense_layers/self_attn/q_proj": (1, 16, 24),
-    "dense_layers/self_attn/o_proj": (1, 8, 16),
-    "moe_layers/self_attn/q_proj": (2, 16, 24),
-    "moe_layers/self_attn/o_proj": (2, 8, 16),
-    "dense_layers/mlp/up_proj": (1, 16, 40),
-    "moe_layers/mlp/shared_experts/up_proj": (2, 16, 12),
+    "dense_layers/self_attn/q_proj": Size(1, 16, 24),
+    "dense_layers/self_attn/o_proj": Size(1, 8, 16),
+    "moe_layers/self_attn/q_proj": Size(2, 16, 24),
+    "moe_layers/self_attn/o_proj": Size(2, 8, 16),
+    "dense_layers/mlp/up_proj": Size(1, 16, 40),
+    "moe_layers/mlp/shared_experts/up_proj": Size(2, 16, 12),
 }
 BASE = adapters.Base("models/tiny", "c0", "70", "33")
 
@@ -282,7 +282,7 @@ def test_an_adapter_of_another_base(tmp_path):
     with pytest.warns(UserWarning, match="config.json of models/moved is not the one"):
         adapters.load(tmp_path / "a", LINEARS, adapters.Base("models/moved", "c1", "71", "33"))
     adapters.load(tmp_path / "a", LINEARS)
-    larger = LINEARS | {"moe_layers/self_attn/q_proj": (2, 32, 24)}
+    larger = LINEARS | {"moe_layers/self_attn/q_proj": Size(2, 32, 24)}
     with pytest.raises(CheckpointError, match=r"does not fit the model: .*layers.1.self_attn.q_proj.lora_A.weight is "
                                               r"\[8, 16\], the model and rank 8 need \[8, 32\]"):
         adapters.load(tmp_path / "a", larger)

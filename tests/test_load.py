@@ -92,7 +92,7 @@ def random_adapter(directory, base):
     rng = np.random.default_rng(1)
     tree = {}
     for path, adapter in spec.entries:
-        layers, width_in, width_out = sizes[path]
+        layers, width_in, width_out, _ = sizes[path]
         node = tree
         for part in path.split("/"):
             node = node.setdefault(part, {})

@@ -10,17 +10,19 @@ from flax.traverse_util import flatten_dict
 from kjax import lora
 from kjax.config import Lora
 from kjax.errors import ConfigError
-from kjax.lora import Adapter
+from kjax.lora import Adapter, Size
 
 ATTENTION = {"q_a_proj": (64, 24), "q_b_proj": (24, 96), "kv_a_proj_with_mqa": (64, 40), "kv_b_proj": (32, 128),
              "o_proj": (64, 64)}  # fmt: skip
 LINEARS = {
-    **{f"dense_layers/self_attn/{name}": (1, *size) for name, size in ATTENTION.items()},
-    **{f"moe_layers/self_attn/{name}": (3, *size) for name, size in ATTENTION.items()},
-    **{f"dense_layers/mlp/{name}": (1, 64, 96) for name in ("gate_proj", "up_proj")},
-    "dense_layers/mlp/down_proj": (1, 96, 64),
-    **{f"moe_layers/mlp/shared_experts/{name}": (3, 64, 32) for name in ("gate_proj", "up_proj")},
-    "moe_layers/mlp/shared_experts/down_proj": (3, 32, 64),
+    **{f"dense_layers/self_attn/{name}": Size(1, *size) for name, size in ATTENTION.items()},
+    **{f"moe_layers/self_attn/{name}": Size(3, *size) for name, size in ATTENTION.items()},
+    **{f"dense_layers/mlp/{name}": Size(1, 64, 96) for name in ("gate_proj", "up_proj")},
+    "dense_layers/mlp/down_proj": Size(1, 96, 64),
+    **{f"moe_layers/mlp/shared_experts/{name}": Size(3, 64, 32) for name in ("gate_proj", "up_proj")},
+    "moe_layers/mlp/shared_experts/down_proj": Size(3, 32, 64),
+    **{f"moe_layers/mlp/experts/{name}": Size(3, 64, 32, 8) for name in ("gate_proj", "up_proj")},
+    "moe_layers/mlp/experts/down_proj": Size(3, 32, 64, 8),
 }
 
 
@@ -39,7 +41,11 @@ def message(*targets, **settings) -> str:
     ("shared", {path for path in LINEARS if "shared" in path}),
     ("dense", {path for path in LINEARS if path.startswith("dense_layers/mlp")}),
     ("q_b_proj", {"dense_layers/self_attn/q_b_proj", "moe_layers/self_attn/q_b_proj"}),
-    ("gate_proj", {"dense_layers/mlp/gate_proj", "moe_layers/mlp/shared_experts/gate_proj"}),
+    ("experts", {path for path in LINEARS if "/experts/" in path}),
+    ("gate_proj", {path for path in LINEARS if path.endswith("/gate_proj")}),
+    ("experts.gate_proj", {"moe_layers/mlp/experts/gate_proj"}),
+    (r"experts\.\d+\.gate_proj", {"moe_layers/mlp/experts/gate_proj"}),
+    (".*experts.*down_proj", {path for path in LINEARS if "experts/down_proj" in path}),
     ("mlp.gate_proj", {"dense_layers/mlp/gate_proj"}),
     ("shared_experts.gate_proj", {"moe_layers/mlp/shared_experts/gate_proj"}),
     (r"self_attn\.kv_.*", {path for path in LINEARS if "/kv_" in path}),
@@ -53,7 +59,8 @@ def test_targets(target, expected):
 
 def test_targets_add_up_and_exclude_takes_away():
     paths = set(resolve("attention", "shared", exclude=("kv_b_proj", r"layers\.0\..*")).paths)
-    assert paths == {path for path in LINEARS if path.startswith("moe_layers") and not path.endswith("kv_b_proj")}
+    assert paths == {path for path in LINEARS if path.startswith(("moe_layers/self", "moe_layers/mlp/shared"))
+                     and not path.endswith("kv_b_proj")}
 
 
 def test_a_spec_is_hashable_ordered_and_independent_of_the_order_of_targets():
@@ -66,12 +73,11 @@ def test_a_spec_is_hashable_ordered_and_independent_of_the_order_of_targets():
 @pytest.mark.parametrize("target, says", [
     ("q_b_pro", "Did you mean 'q_b_proj'"),
     ("atention", "Did you mean 'attention'"),
-    ("q_proj", "the groups attention, shared, dense and the projections down_proj, gate_proj, kv_a_proj_with_mqa"),
+    ("q_proj", "the groups attention, shared, dense, experts and the projections down_proj, gate_proj, kv_a_"),
     ("gate", "the router is never adapted"),
     ("router", "the router is never adapted"),
     (r".*mlp\.gate", "the router is never adapted"),
-    ("experts", "routed experts are not supported yet"),
-    (r"experts\.\d+\.up_proj", "routed experts are not supported yet"),
+    (r"experts\.[0-4]\.up_proj", "15 of the 24 experts of moe_layers/mlp/experts/up_proj only"),
     ("lm_head", "the output head is not adapted"),
     ("embed_tokens", "the embedding is not adapted"),
     ("(", "no regular expression"),
@@ -83,14 +89,14 @@ def test_a_target_that_cannot_be_is_refused(target, says):
 
 
 def test_a_router_among_the_linears_is_passed_over():
-    linears = LINEARS | {"moe_layers/mlp/gate": (3, 64, 8)}
+    linears = LINEARS | {"moe_layers/mlp/gate": Size(3, 64, 8)}
     spec = lora.resolve(Lora(targets=(r".*mlp\..*",)), linears)
     assert spec.paths and "moe_layers/mlp/gate" not in spec.paths
 
 
 def test_a_group_the_model_lacks_names_what_there_is():
     linears = {path: size for path, size in LINEARS.items() if path.startswith("moe_layers")}
-    with pytest.raises(ConfigError, match="'dense' matches nothing.*the groups attention, shared and"):
+    with pytest.raises(ConfigError, match="'dense' matches nothing.*the groups attention, shared, experts and"):
         lora.resolve(Lora(targets=("dense",)), linears)
 
 
@@ -184,10 +190,27 @@ def test_table_in_rich_and_without_a_base():
 
 
 def test_table_needs_no_memory_at_the_largest_size():
-    linears = {"moe_layers/self_attn/o_proj": (58, 16384, 7168)}
+    linears = {"moe_layers/self_attn/o_proj": Size(58, 16384, 7168)}
     table = lora.table(lora.resolve(Lora(targets=("o_proj",), rank=64), linears), linears)
     assert table.rows[-1].parameters == 58 * 64 * (16384 + 7168)
     assert "349.7 MB" in str(table) and "1.4 GB" in str(table)
+
+
+def test_routed_experts_are_counted_by_expert():
+    """Rank 8 on all routed experts of DeepSeek-V3."""
+    linears = {f"moe_layers/mlp/experts/{name}": Size(58, *size, 256) for name, size in
+               (("gate_proj", (7168, 2048)), ("up_proj", (7168, 2048)), ("down_proj", (2048, 7168)))}
+    spec = lora.resolve(Lora(targets=("experts",)), linears)
+    table = lora.table(spec, linears)
+    assert [tuple(row)[:2] for row in table] == [("experts", 3_284_140_032), ("total", 3_284_140_032)]
+    assert lora.count(lora.abstract(spec, linears)) == 3_284_140_032 and "13.1 GB" in str(table)
+
+
+def test_init_draws_each_expert_by_itself():
+    spec = resolve("experts.up_proj", rank=4)
+    a, b = lora.init(spec, LINEARS, jax.random.key(0))["moe_layers"]["mlp"]["experts"]["up_proj"].values()
+    assert a.shape == (3, 8, 4, 64) and b.shape == (3, 8, 32, 4) and not b.any()
+    assert len(np.unique(np.asarray(a).reshape(24, -1)[:, 0])) == 24 and abs(a).max() <= 1 / 8
 
 
 def test_labels_name_each_leaf():
@@ -200,3 +223,6 @@ def test_module_names_follow_the_hugging_face_numbering():
     assert lora.module_names("dense_layers/mlp/up_proj", LINEARS) == ["model.layers.0.mlp.up_proj"]
     assert lora.module_names("moe_layers/self_attn/o_proj", LINEARS) == [
         f"model.layers.{i}.self_attn.o_proj" for i in (1, 2, 3)]
+    names = lora.module_names("moe_layers/mlp/experts/up_proj", LINEARS)
+    assert names[:2] == ["model.layers.1.mlp.experts.0.up_proj", "model.layers.1.mlp.experts.1.up_proj"]
+    assert len(names) == 24 and names[8] == "model.layers.2.mlp.experts.0.up_proj"

@@ -8,6 +8,7 @@ import pytest
 from make_goldens import CASES
 
 from kjax.errors import CheckpointError
+from kjax.lora import Size
 from kjax.models import ModelConfig, abstract_params, linears
 from kjax.models.config import Rope, Yarn
 
@@ -62,7 +63,10 @@ def test_linears_of_deepseek_r1(shared_data):
         layers = 3 if stack.startswith("dense") else 58
         expected |= {f"{stack}/gate_proj": (layers, 7168, width), f"{stack}/up_proj": (layers, 7168, width),
                      f"{stack}/down_proj": (layers, width, 7168)}
-    assert found == expected
+    expected |= {"moe_layers/mlp/experts/gate_proj": (58, 7168, 2048, 256),
+                 "moe_layers/mlp/experts/up_proj": (58, 7168, 2048, 256),
+                 "moe_layers/mlp/experts/down_proj": (58, 2048, 7168, 256)}
+    assert found == {path: Size(*size) for path, size in expected.items()}
 
 
 def test_host_experts_are_no_parameters_and_the_router_is_fp32():

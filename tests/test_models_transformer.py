@@ -146,8 +146,9 @@ def test_adapters_equal_merged_weights(params):
     inputs = batch((6, 8), 16)
     flat, ab = flatten_dict(params, sep="/"), flatten_dict(tree, sep="/")
     for path, adapter in spec.entries:
-        delta = np.einsum("lor,lri->loi", ab[f"{path}/lora_B"], ab[f"{path}/lora_A"])
-        flat[f"{path}/weight"] = flat[f"{path}/weight"] + adapter.scale * delta
+        delta = np.einsum("...or,...ri->...oi", ab[f"{path}/lora_B"], ab[f"{path}/lora_A"])
+        weight = path if "/experts/" in path else f"{path}/weight"
+        flat[weight] = flat[weight] + adapter.scale * delta
     run = compiled(Transformer(CONFIG))
     adapted = compiled(Transformer(CONFIG, spec))(params, tree, inputs)
     assert relative_error(adapted, run(unflatten_dict(flat, sep="/"), {}, inputs)) <= REGROUPED

@@ -13,7 +13,7 @@ from flax import struct
 from flax.traverse_util import flatten_dict
 
 from kjax.errors import ConfigError
-from kjax.lora import LoraSpec
+from kjax.lora import LoraSpec, Size
 from kjax.models.attention import Tokens
 from kjax.models.config import ModelConfig
 from kjax.models.gqa import GQA, gqa, gqa_cache, gqa_cached
@@ -182,9 +182,14 @@ def abstract_params(config: ModelConfig, dtype, experts: str = "host") -> dict:
     return params
 
 
-def linears(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
-    """Everything that can carry an adapter: path -> (L, in, out)."""
-    leaves = flatten_dict(abstract_params(config, jnp.float32), sep="/")
-    # Hugging Face calls every linear layer *_proj*, and neither the router nor a norm.
-    return {path.removesuffix("/weight"): (leaf.shape[0], leaf.shape[2], leaf.shape[1])
-            for path, leaf in leaves.items() if "_proj" in path.split("/")[-2] and path.endswith("/weight")}
+def linears(config: ModelConfig) -> dict[str, Size]:
+    """Everything that can carry an adapter."""
+    leaves = flatten_dict(abstract_params(config, jnp.float32, experts="device"), sep="/")
+    found = {}
+    for path, leaf in leaves.items():
+        path = path.removesuffix("/weight")
+        # Hugging Face calls every linear layer *_proj*, and neither the router nor a norm.
+        if "_proj" in path.split("/")[-1]:
+            layers, *experts, width_out, width_in = leaf.shape
+            found[path] = Size(layers, width_in, width_out, *experts)
+    return found

@@ -16,7 +16,7 @@ from kjax.offload.store import ExpertStore
 SAVED = "experts"  # checkpoint_name of what a rematerialised layer must keep: idx and the slip
 
 
-def host_experts(store: ExpertStore, layer, x, idx, gate):
+def host_experts(store: ExpertStore, layer, x, idx, gate, lora=None):
     """SwiGLU experts on the host: y[n] = sum_k gate[n,k] * expert[idx[n,k]](x[n]).
 
     Differentiable in x and gate, once and in reverse. The primal call keeps nothing; under differentiation the host
@@ -30,6 +30,8 @@ def host_experts(store: ExpertStore, layer, x, idx, gate):
     Returns:
       y [N,D] in x.dtype, summed in fp32.
     """
+    if lora is not None:
+        raise NotImplementedError("adapters on routed experts that a store holds; Model.experts = 'device' has them")
     if x.ndim != 2 or x.shape[1] != store.width:
         raise ValueError(f"x {x.shape}: expected [N,{store.width}], as the store's experts are")
     if x.dtype not in (jnp.bfloat16, jnp.float32):
