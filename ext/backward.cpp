@@ -25,7 +25,10 @@ class Backward : Pass {
     if (!kept) {
       space.more_rows.grow(operand_bytes(width));
       const int64_t tasks = segments * along_strips;
-      sequence(turn, gathers + tasks, [&](Worker& worker, int64_t t, int64_t after) {
+      const auto segment_of = [&](int64_t t) {
+        return t < gathers ? routing.pieces[t].segment : (t - gathers) / along_strips;
+      };
+      sequence(turn, gathers + tasks, segment_of, [&](Worker& worker, int64_t t, int64_t after) {
         if (t < gathers) return gather(worker, call.x, space.more_rows, t, true);
         const int64_t task = t - gathers, later = after - gathers;
         const Strip next =
@@ -37,7 +40,12 @@ class Backward : Pass {
     }
     std::fill_n(dgate, call.tokens * call.per_token, 0.0f);
     const int64_t up_to_gather = gathers, up_to_inner = up_to_gather + segments * hidden_strips;
-    sequence(turn, up_to_inner + segments * width_strips, [&](Worker& worker, int64_t t, int64_t after) {
+    const auto segment_of = [&](int64_t t) {
+      return t < up_to_gather  ? routing.pieces[t].segment
+             : t < up_to_inner ? (t - up_to_gather) / hidden_strips
+                               : (t - up_to_inner) / width_strips;
+    };
+    sequence(turn, up_to_inner + segments * width_strips, segment_of, [&](Worker& worker, int64_t t, int64_t after) {
       if (t < up_to_gather) return gather(worker, dy, space.rows, t, false);
       const Strip next = first_strip(after - up_to_gather);
       if (t < up_to_inner) {

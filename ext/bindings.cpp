@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <set>
@@ -13,6 +14,9 @@
 #include "dispatch.h"
 #include "experts.h"
 #include "ffi.h"
+#include "mapped.h"
+#include "memory.h"
+#include "numa.h"
 #include "stash.h"
 #include "store.h"
 #include "text.h"
@@ -154,7 +158,7 @@ class Handle {
     holds_gil = true;
     store_.reset();
     kept_.reset();
-    close_store(id_);
+    if (close_store(id_)) release_workspace();
     holds_gil = false;
   }
   Store& get() const {
@@ -168,6 +172,13 @@ class Handle {
     nb::borrow<nb::list>(kept_.get()).append(bytes);
     return store.add_buffer(std::shared_ptr<const uint8_t>(kept_, at), bytes.shape(0));
   }
+
+  int add_file(const std::string& path) {
+    const auto file = std::make_shared<MappedFile>(path);
+    return get().add_buffer(std::shared_ptr<const uint8_t>(file, file->data()), file->size());
+  }
+
+  void set_nodes(const Array& nodes) { get().set_nodes(data<int32_t>("nodes", nodes, {get().experts})); }
 
   void place(int layer, int projection, const Array& buffer, const Array& offset,
              const std::optional<Array>& scale_buffer, const std::optional<Array>& scale_offset) {
@@ -238,6 +249,23 @@ nb::dict isa() {
   return out;
 }
 
+// Uint8 memory on huge pages, not touched yet, and why it may not lie on the node: "" where nothing speaks against it.
+nb::object host_memory(size_t bytes, int node) {
+  if (node < 0 || node >= static_cast<int>(nodes().size())) throw std::invalid_argument(text("there is no node ", node));
+  auto memory = std::make_unique<Memory>(bytes);
+  const std::string refused = prefer_node(memory->data(), memory->size(), nodes()[node]);
+  void* const data = memory->data();
+  nb::capsule owner(memory.release(), [](void* p) noexcept { delete static_cast<Memory*>(p); });
+  nb::ndarray<nb::numpy> array(data, {bytes}, owner, {}, nb::dtype<uint8_t>());
+  return nb::make_tuple(array, refused);
+}
+
+nb::list node_list(const std::vector<Node>& found) {
+  nb::list out;
+  for (const Node& node : found) out.append(nb::make_tuple(node.id, node.cpus));
+  return out;
+}
+
 size_t set_stash_budget(std::optional<int64_t> bytes) {
   if (bytes && *bytes < 0) throw std::invalid_argument(text("stash budget ", *bytes, " is negative"));
   if (bytes) stash_set_budget(static_cast<size_t>(*bytes));
@@ -247,6 +275,13 @@ size_t set_stash_budget(std::optional<int64_t> bytes) {
 }  // namespace
 
 NB_MODULE(_ext, m) {
+  nb::register_exception_translator([](const std::exception_ptr& error, void*) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const FileLost& lost) {
+      PyErr_SetString(nb::module_::import_("kjax.errors").attr("CheckpointError").ptr(), lost.what());
+    }
+  });
   m.doc() = "SwiGLU experts on the host over checkpoint bytes. Arrays are C-contiguous; bfloat16 travels as uint16.";
 
   nb::class_<Handle>(m, "Store",
@@ -256,6 +291,10 @@ NB_MODULE(_ext, m) {
            nb::arg("width"), nb::arg("hidden"), nb::arg("format"))
       .def("add_buffer", &Handle::add_buffer, nb::arg("bytes"),
            "Keeps a reference to a uint8 array and returns its number; nothing is copied.")
+      .def("add_file", &Handle::add_file, nb::arg("path"),
+           "Maps a file and returns its number as a buffer. Calls that read what the file has lost raise an error.")
+      .def("set_nodes", &Handle::set_nodes, nb::arg("nodes"),
+           "int32 [E]: the memory node of each expert, an index into nodes(); a hint for which thread reads it.")
       .def("place", &Handle::place, nb::arg("layer"), nb::arg("projection"), nb::arg("buffer"), nb::arg("offset"),
            nb::arg("scale_buffer").none() = nb::none(), nb::arg("scale_offset").none() = nb::none(),
            "Projection 0 (gate), 1 (up) or 2 (down) of all experts of a layer: int32 [E] buffers, int64 [E] byte "
@@ -311,6 +350,27 @@ NB_MODULE(_ext, m) {
       nb::arg("format"), nb::arg("across"),
       "Seconds per weight, all threads together, to decode what lies in L2 for a forward or, across, a backward call.");
   m.def("threads", &thread_count, "Threads a call runs on.");
+  m.def("count_threads", &count_threads, nb::arg("root"), "The same, anew, with the control groups below a root.");
+  m.def("host_memory", &host_memory, nb::arg("bytes"), nb::arg("node"),
+        "(uint8 [bytes] on huge pages of a node, why the system may place it elsewhere or \"\").");
+  m.def("nodes", [] { return node_list(nodes()); }, "[(system's number, CPUs)] of the memory nodes computed on.");
+  m.def(
+      "read_nodes",
+      [](const std::string& root, const std::vector<int>& allowed) { return node_list(read_nodes(root, allowed)); },
+      nb::arg("root"), nb::arg("allowed"), "The same for the files below a root and the CPUs allowed.");
+  m.def(
+      "make_up_nodes",
+      [](const std::vector<std::vector<int>>& cpus) {
+        std::vector<Node> made_up;
+        for (const auto& one : cpus) made_up.push_back({static_cast<int>(made_up.size()), one});
+        set_nodes(std::move(made_up));
+      },
+      nb::arg("cpus"), "Nodes of these CPUs, for tests; before the first store.");
+  m.def(
+      "spread",
+      [](int64_t items) { return spread(items, nodes()); }, nb::arg("items"),
+      "For each item the index of a node, in proportion to the nodes' CPUs.");
+  m.def("thread_nodes", &thread_nodes, "The node of each kernel thread, an index into nodes().");
   m.def("cgroup_cpu_quota", &cgroup_cpu_quota, nb::arg("root"),
         "Cores granted by the control-group files below a root directory; 0: no limit.");
   m.def("cancel", &cancel, nb::arg("on"), "Running and later calls fail between tasks until it is switched off.");

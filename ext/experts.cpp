@@ -62,6 +62,10 @@ size_t kept_bytes(const Store& store, const Routing& routing) {
 
 }  // namespace
 
+void release_workspace() {
+  if (const Turn turn(std::try_to_lock); turn) workspace().release();
+}
+
 int32_t experts_forward(const Call& call, bool keep, void* y) {
   const std::shared_ptr<const Store> store = open(call);
   const Kernels& kernels = *chosen().kernels;
@@ -69,6 +73,7 @@ int32_t experts_forward(const Call& call, bool keep, void* y) {
   Workspace& space = workspace();
   const Clock clock(store->stats.forward_ns);
   space.routing.build(call.idx, call.tokens, call.per_token, store->experts);
+  space.settle();
   ++store->stats.forward;
   store->stats.tokens += space.routing.tokens;
   store->stats.routes += space.routing.routes();
@@ -93,6 +98,7 @@ void experts_backward(const Call& call, int32_t slip, const void* dy, void* dx, 
   Workspace& space = workspace();
   const Clock clock(store->stats.backward_ns);
   space.routing.build(call.idx, call.tokens, call.per_token, store->experts);
+  space.settle();
   ++store->stats.backward;
   std::optional<Activations> kept = stash_take(slip, key_of(call, *store, space.routing));
   if (!kept) ++store->stats.recomputed;

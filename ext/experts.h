@@ -24,4 +24,7 @@ int32_t experts_forward(const Call& call, bool keep, void* y);
 // dx and dgate for dy. A slip that finds nothing costs a recomputation from x, to the same bits.
 void experts_backward(const Call& call, int32_t slip, const void* dy, void* dx, float* dgate);
 
+// Gives back the memory that calls keep for the next one, unless one is running.
+void release_workspace();
+
 }  // namespace kjax

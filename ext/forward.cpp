@@ -19,7 +19,12 @@ class Forward : Pass {
   void operator()(Turn& turn, std::byte* kept, void* y) const {
     std::byte* const u = kept ? kept + static_cast<size_t>(routing.routes() * hidden) * size_of(type) : nullptr;
     const int64_t up_to_gather = gathers, up_to_gate_up = up_to_gather + segments * hidden_strips;
-    sequence(turn, up_to_gate_up + segments * width_strips, [&](Worker& worker, int64_t t, int64_t after) {
+    const auto segment_of = [&](int64_t t) {
+      return t < up_to_gather    ? routing.pieces[t].segment
+             : t < up_to_gate_up ? (t - up_to_gather) / hidden_strips
+                                 : (t - up_to_gate_up) / width_strips;
+    };
+    sequence(turn, up_to_gate_up + segments * width_strips, segment_of, [&](Worker& worker, int64_t t, int64_t after) {
       if (t < up_to_gather) return gather(worker, call.x, space.rows, t, true);
       const Strip next = first_strip(after - up_to_gather);
       if (t < up_to_gate_up) {

@@ -7,6 +7,7 @@
 
 #include "dispatch.h"
 #include "experts.h"
+#include "numa.h"
 #include "routing.h"
 #include "store.h"
 #include "threads.h"
@@ -50,6 +51,7 @@ class Pass {
   void gather(const Worker& worker, const void* from, const Memory& rows, int64_t task, bool for_along) const {
     const Piece& piece = routing.pieces[task];
     const Segment& s = routing.segments[piece.segment];
+    if (piece.row == 0) store.read_ahead(static_cast<int>(call.layer), s.expert);
     const int64_t length = row_length(width);
     const bool packed = for_along && takes_packed(s);
     std::byte* const to = packed ? worker.scratch.data() + staging_offset() : row(rows, s.slot + piece.row, length);
@@ -128,16 +130,20 @@ class Pass {
     turn.store(static_cast<int32_t>(segment + 1), std::memory_order_release);
   }
 
-  // Runs task(worker, t, t_next) for t in [0, tasks), each thread claiming one task ahead so that it can prefetch for
-  // it.
-  template <class Task>
-  void sequence(Turn& turn, int64_t tasks, Task task) const {
-    std::atomic<int64_t> next{0};
+  // Runs task(worker, t, t_next) for t in [0, count), each thread claiming one task ahead so that it can prefetch for
+  // it. segment_of(t) tells whose expert a task reads, so that threads prefer those in the memory of their node.
+  template <class SegmentOf, class Task>
+  void sequence(Turn& turn, int64_t count, SegmentOf segment_of, Task task) const {
+    Tasks& tasks = space.tasks;
+    tasks.reset(count, store.split() ? static_cast<int>(nodes().size()) : 1, [&](int64_t t) {
+      return home_of(store.node(routing.segments[segment_of(t)].expert));
+    });
     auto job = [&](Worker& worker) {
       worker.scratch.grow(worker_bytes());
       const Begun begun(gemm);
-      for (int64_t t = next.fetch_add(1), after; t < tasks; t = after) {
-        after = next.fetch_add(1);
+      Tasks::Claims claims(tasks, worker.node);
+      for (int64_t t = claims.take(), after; t < count; t = after < count ? after : claims.take()) {
+        after = claims.ahead();
         worker.check();
         task(worker, t, after);
       }

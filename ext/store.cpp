@@ -6,6 +6,8 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "mapped.h"
+#include "numa.h"
 #include "stash.h"
 #include "text.h"
 #include "threads.h"
@@ -110,6 +112,16 @@ void Store::place(int layer, int projection, const int32_t* buffer, const int64_
   placed_[layer].fetch_or(static_cast<uint8_t>(1 << projection), std::memory_order_release);
 }
 
+void Store::set_nodes(const int32_t* node_of_expert) {
+  const int known = static_cast<int>(nodes().size());
+  std::vector<int> given(node_of_expert, node_of_expert + experts);
+  for (int node : given)
+    if (node < 0 || node >= known)
+      throw std::invalid_argument(text("expert store ", id, ": node ", node, " is not in 0..", known - 1));
+  node_of_.clear();
+  if (known > 1) node_of_ = std::move(given);
+}
+
 void Store::check_layer(int layer) const {
   check_indices(layer, 0, 0);
   const int placed = placed_[layer].load(std::memory_order_acquire);
@@ -125,11 +137,21 @@ Matrix Store::matrix(int layer, int expert, int projection) const {
   return {place.data, place.scales, down ? width : hidden, down ? hidden : width};
 }
 
+void Store::read_ahead(int layer, int expert) const {
+  for (int projection = 0; projection < kProjections; ++projection) {
+    const Matrix w = matrix(layer, expert, projection);
+    kjax::read_ahead(w.data, static_cast<size_t>(data_bytes(format, w)));
+    if (w.scales) kjax::read_ahead(w.scales, static_cast<size_t>(scale_bytes(format, w)));
+  }
+}
+
 void Store::decode(int layer, int expert, int projection, float* out) const {
   check_indices(layer, expert, projection);
   check_layer(layer);
   const Matrix w = matrix(layer, expert, projection);
+  const Turn turn;
   for (int64_t r = 0; r < w.rows; ++r) decode_row(format, w, r, 0, w.cols, out + r * w.cols);
+  require_files();
 }
 
 std::vector<std::pair<int, int>> Store::nonfinite(int layer) const {
@@ -178,16 +200,19 @@ bool is_open(int id) {
   return registry.count(id) > 0;
 }
 
-void close_store(int id) {
+bool close_store(int id) {
   std::shared_ptr<Store> last;  // destroyed after the lock is released
+  bool none;
   {
     std::lock_guard lock(registry_mutex);
     if (const auto found = registry.find(id); found != registry.end()) {
       last = std::move(found->second);
       registry.erase(found);
     }
+    none = registry.empty();
   }
   stash_clear(id);
+  return none;
 }
 
 }  // namespace kjax

@@ -37,8 +37,14 @@ class Store {
   void place(int layer, int projection, const int32_t* buffer, const int64_t* offset, const int32_t* scale_buffer,
              const int64_t* scale_offset);
 
+  // The node in whose memory each expert of every layer lies, indices into nodes(); for placement of tasks only.
+  void set_nodes(const int32_t* node_of_expert);
+  int node(int expert) const { return node_of_.empty() ? 0 : node_of_[expert]; }
+  bool split() const { return !node_of_.empty(); }  // over more than one node
+
   void check_layer(int layer) const;  // in range and with all three projections placed
   Matrix matrix(int layer, int expert, int projection) const;
+  void read_ahead(int layer, int expert) const;  // starts reading what mapped files have not in memory
   void decode(int layer, int expert, int projection, float* out) const;  // out [rows, cols]
   std::vector<std::pair<int, int>> nonfinite(int layer) const;  // (expert, projection) with a NaN or an infinity
 
@@ -63,6 +69,7 @@ class Store {
 
   std::vector<Buffer> buffers_;
   std::vector<Place> places_;
+  std::vector<int> node_of_;
   std::unique_ptr<std::atomic<uint8_t>[]> placed_;  // per layer, one bit per projection; set after its places
 };
 
@@ -70,6 +77,6 @@ class Store {
 int register_store(std::shared_ptr<Store> store);
 std::shared_ptr<const Store> find_store(int64_t id);  // throws when it is closed or never was
 bool is_open(int id);
-void close_store(int id);  // also drops what the stash holds of it
+bool close_store(int id);  // also drops what the stash holds of it; true when no store is open any more
 
 }  // namespace kjax

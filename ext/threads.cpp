@@ -1,7 +1,6 @@
 // The pool, its size, and the places where a task waits.
 #include "threads.h"
 
-#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,6 +14,8 @@
 #include <thread>
 #include <vector>
 
+#include "mapped.h"
+#include "numa.h"
 #include "text.h"
 
 namespace kjax {
@@ -42,12 +43,12 @@ void cancel(bool on) { cancelled.store(on); }
 
 void Worker::check() const {
   if (cancelled.load(std::memory_order_relaxed)) throw Cancelled();
-  if (failed_->load(std::memory_order_relaxed)) throw Aborted();
+  if (failed_->load(std::memory_order_relaxed) || file_lost()) throw Aborted();
 }
 
 void Worker::wait_for(const std::atomic<int32_t>& counter, int32_t value) const {
   for (int spins = 0; counter.load(std::memory_order_acquire) < value; ++spins) {
-    if (failed_->load(std::memory_order_relaxed)) throw Aborted();
+    if (failed_->load(std::memory_order_relaxed) || file_lost()) throw Aborted();
     if (spins < kSpins) pause();
     else std::this_thread::yield();  // more threads than cores: the one waited for needs this core
   }
@@ -85,7 +86,9 @@ class Pool {
       if (spins < kSpins) pause();
       else running_.wait(left, std::memory_order_acquire);
     }
-    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+    const std::exception_ptr error = std::exchange(error_, nullptr);
+    require_files();
+    if (error) std::rethrow_exception(error);
   }
 
   std::mutex turn;
@@ -93,15 +96,21 @@ class Pool {
  private:
   void start() {
     const int count = thread_count();
+    const std::vector<int>& homes = thread_nodes();
     owner_.store(getpid());
+    workers_.reserve(count);
     while (static_cast<int>(workers_.size()) < count) {
       auto worker = std::make_unique<Worker>();
       worker->id = static_cast<int>(workers_.size());
+      worker->node = homes[workers_.size()];
       worker->failed_ = &failed_;
       workers_.push_back(std::move(worker));
       if (workers_.size() == 1) continue;  // the caller's
       try {
         std::thread(&Pool::loop, this, workers_.back().get(), generation_.load()).detach();
+      } catch (const std::bad_alloc&) {
+        workers_.pop_back();
+        throw;
       } catch (const std::system_error& error) {
         workers_.pop_back();
         throw std::runtime_error(text("cannot start kernel thread ", workers_.size(), " of ", count, " (", error.what(),
@@ -110,7 +119,9 @@ class Pool {
     }
   }
 
+  // The caller's thread is not pinned: the one CPU that the others leave idle is where it belongs.
   void loop(Worker* worker, int32_t seen) {
+    if (nodes().size() > 1) pin_thread(nodes()[worker->node]);
     for (;;) {
       for (int spins = 0; generation_.load(std::memory_order_acquire) == seen && spins < kSpins; ++spins) pause();
       generation_.wait(seen, std::memory_order_acquire);
@@ -144,8 +155,12 @@ class Pool {
 Turn::Turn() {
   Pool::get().check_process();
   Pool::get().turn.lock();
+  watch_files();
 }
-Turn::~Turn() { Pool::get().turn.unlock(); }
+Turn::Turn(std::try_to_lock_t) : held_(Pool::get().turn.try_lock()) {}
+Turn::~Turn() {
+  if (held_) Pool::get().turn.unlock();
+}
 void Turn::run(Job job) { Pool::get().run(job); }
 
 void run(Job job) {
@@ -200,9 +215,7 @@ double cgroup_cpu_quota(const std::string& root) {
   return least;
 }
 
-namespace {
-
-int count_threads() {
+int count_threads(const std::string& root) {
   constexpr int kMost = 4096;
   if (const char* value = std::getenv("KJAX_THREADS"); value && *value) {
     char* end;
@@ -211,22 +224,15 @@ int count_threads() {
       throw std::invalid_argument(text("KJAX_THREADS=", value, " is not a number of threads from 1 to ", kMost));
     return static_cast<int>(n);
   }
-  int cores = static_cast<int>(std::thread::hardware_concurrency());
-#if defined(__linux__)
-  if (const size_t size = CPU_ALLOC_SIZE(kMost); cpu_set_t* set = CPU_ALLOC(kMost)) {
-    if (sched_getaffinity(0, size, set) == 0) cores = CPU_COUNT_S(size, set);
-    CPU_FREE(set);
-  }
-#endif
-  const double quota = cgroup_cpu_quota("");
+  int cores = static_cast<int>(allowed_cpus().size());
+  if (!cores) cores = static_cast<int>(std::thread::hardware_concurrency());
+  const double quota = cgroup_cpu_quota(root);
   if (quota > 0) cores = std::min(cores, static_cast<int>(std::ceil(quota)));
   return std::max(cores, 1);
 }
 
-}  // namespace
-
 int thread_count() {
-  static const int count = count_threads();
+  static const int count = count_threads("");
   return count;
 }
 

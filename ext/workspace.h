@@ -1,5 +1,6 @@
 // Memory that a call needs besides its arguments, kept from call to call.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -8,6 +9,7 @@
 #include "kernels.h"
 #include "memory.h"
 #include "routing.h"
+#include "tasks.h"
 
 namespace kjax {
 
@@ -45,6 +47,24 @@ struct Workspace {
   Memory partial;          // [routes, strips] parts of dgate
   Memory activations;      // g and u, then dg and du, of a backward call, by slot
   Counters gathered, ready, turn;
+  Tasks tasks;
+
+  // At the beginning of a call, after the routing is built: a size of call that stopped coming stops costing memory.
+  void settle() {
+    constexpr int kPatience = 256;  // calls: more than a step of 60 layers makes, so that evaluations do not count
+    smaller_ = routing.routes() * 4 < largest_ ? smaller_ + 1 : 0;
+    if (smaller_ == kPatience) release();
+    largest_ = std::max(largest_, routing.routes());
+  }
+  void release() {
+    for (Memory* memory : {&rows, &more_rows, &sums, &partial, &activations}) memory->release();
+    largest_ = 0;
+    smaller_ = 0;
+  }
+
+ private:
+  int64_t largest_ = 0;
+  int smaller_ = 0;
 };
 
 }  // namespace kjax

@@ -70,6 +70,7 @@ class Model(_Checked):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     experts: Literal["host", "device"] = "host"
     transport: Literal["auto", "ffi", "pure_callback"] = "auto"
+    storage: Literal["auto", "mapped", "resident"] = "auto"  # of routed experts on the host, see docs/storage.md
     stash_gb: float | None = None  # host memory for kept activations; None: a quarter of what is free
 
     def _check(self):

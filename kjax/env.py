@@ -113,7 +113,10 @@ def kernels() -> dict[str, Any]:
     return {"isa": isa["name"], "reason": isa["reason"],
             **{f"isa {name}": "runs here" if not why_not else f"no: {why_not}"
                for name, why_not in isa["available"].items()},
-            "threads": _ext.threads()}
+            "threads": _ext.threads(),
+            "threads on memory nodes": ", ".join(
+                f"node{number} {_ext.thread_nodes().count(index)}" for index, (number, _) in enumerate(_ext.nodes())
+            ) if len(_ext.nodes()) > 1 else "one node"}
 
 
 def memory(root: Path) -> dict[str, Any]:

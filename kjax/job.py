@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kjax import adapters, checkpoint, data, lora, models, optimizer
 from kjax.config import Config
+from kjax.offload import storage, store
 from kjax.weights.account import account, expert_sources
 from kjax.weights.safetensors import Checkpoint
 
@@ -17,6 +18,7 @@ class Job:
     Attributes:
       linears: everything adaptable.  adapter: the lora tree to continue from, or None.
       batches: the optimiser steps.  evaluation: rows to evaluate on, or None.
+      storage: how the experts are held on the host; None where they are not.
       base: the identity that adapters record.  identity: what a saved state must have been trained from.
     """
 
@@ -31,6 +33,7 @@ class Job:
     batches: data.Batches
     total_steps: int
     expert_dtype: str
+    storage: storage.Storage | None
     base: adapters.Base
     identity: checkpoint.Identity
 
@@ -53,7 +56,7 @@ def prepare(config: Config) -> Job:
         entries = [files.entry(name) for name in files.names()]
         account(files, model, models.abstract_params(model, config.model.dtype, config.model.experts))
         hosted = model.num_moe_layers and config.model.experts == "host"
-        expert_dtype = expert_sources(files, model)[0][0]["gate_proj"].dtype if hosted else ""
+        sources = expert_sources(files, model) if hosted else None
         hashed = checkpoint.base_hash(files.directory, entries)
     tree = None
     if config.model.adapter is None:
@@ -68,9 +71,10 @@ def prepare(config: Config) -> Job:
     settings = config.train
     batches = data.Batches(train, settings.rows_per_step, config.data.max_length, config.data.rows, settings.seed)
     total = settings.steps or max(1, math.ceil(settings.epochs * len(batches)))
+    chosen = storage.choose(config.model.storage, store.size(sources), total) if sources else None
     identity = checkpoint.Identity.of(config, hashed, train.hash)
-    return Job(config, model, linears, spec, tree, tokenizer, train, evaluation, batches, total, expert_dtype, base,
-               identity)
+    return Job(config, model, linears, spec, tree, tokenizer, train, evaluation, batches, total,
+               sources[0][0]["gate_proj"].dtype if sources else "", chosen, base, identity)
 
 
 def rows(job: Job, directory: Path, isa: str, threads: int) -> list[tuple[str, str]]:
@@ -78,13 +82,16 @@ def rows(job: Job, directory: Path, isa: str, threads: int) -> list[tuple[str, s
     model, settings, chosen = job.model, job.config.train, job.config.optimizer
     layers = f"{model.num_dense_layers} dense + {model.num_moe_layers} MoE layers"
     experts = f"{model.n_routed_experts} experts, {model.num_experts_per_tok} per token"
-    where = {"host": f"{job.expert_dtype} in place, on the host ({isa}, {threads} threads)",
+    where = {"host": f"{job.expert_dtype} as stored, on the host ({isa}, {threads} threads)",
              "device": f"{job.config.model.dtype}, on the device"}[job.config.model.experts]
     warmup = optimizer.warmup_steps(chosen, job.total_steps)
     lines = [
         ("model", f"{job.config.model.directory}  {model.model_type}, {layers}, {experts}"),
         ("experts", where),
+        *([("storage", str(job.storage))] if job.storage else []),
         ("the rest", f"{job.config.model.dtype}, on the device"),
+        *([("adapter", f"goes on from {job.config.model.adapter}, with its targets and ranks")]
+          if job.config.model.adapter is not None else []),
         ("data", _describe(job.train.report)),
     ]
     if job.evaluation is not None:
@@ -97,8 +104,6 @@ def rows(job: Job, directory: Path, isa: str, threads: int) -> list[tuple[str, s
         ("rate", f"{chosen.learning_rate:g}, {chosen.schedule} after {warmup} steps of warm-up"),
         ("writes to", str(directory)),
     ]
-    if job.config.model.adapter is not None:
-        lines.insert(3, ("adapter", f"goes on from {job.config.model.adapter}, with its targets and ranks"))
     return lines
 
 

@@ -31,6 +31,7 @@ def load(
     *,
     template: str | os.PathLike | None = None,
     transport: Literal["auto", "ffi", "pure_callback"] = "auto",
+    storage: Literal["auto", "mapped", "resident"] = "auto",
     check: bool = True,
     progress: bool = True,
 ) -> "Model":
@@ -48,6 +49,8 @@ def load(
       template: a chat template, by packaged name or .jinja file; by default the adapter's if it has one, else the
         model's own.
       transport: how compiled functions reach the host; "auto" is right.
+      storage: of routed experts on the host: "mapped" reads them in the files, "resident" copies them into memory
+        first; "auto" maps.
       check: read all routed experts once and refuse NaN and Inf. The rest is always checked.
       progress: a bar on a terminal, for large models.
 
@@ -64,7 +67,8 @@ def load(
         base = adapters.identify(checkpoint)
         spec, lora = adapters.load(adapter, linears(config), base) if adapter is not None else (None, None)
         params = load_params(checkpoint, config, abstract_params(config, dtype, experts), progress=progress)
-        store = open_experts(checkpoint, config, transport=transport, check=check) if experts == "host" else None
+        store = open_experts(checkpoint, config, transport=transport, storage=storage, check=check,
+                             progress=progress) if experts == "host" else None
     return Model(checkpoint.directory, config, dtype, params, store, tokenizer, spec, lora, base)
 
 

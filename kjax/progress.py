@@ -1,13 +1,23 @@
 """What a run shows on the screen: the banner before it starts, a bar on a terminal, a line per step elsewhere."""
 
+import contextlib
 import html
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
+from rich import get_console
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +36,20 @@ def banner(console: Console, title: str, rows: Sequence[tuple[str, str]], traina
     console.rule(escape(title), align="left")
     console.print(table)
     console.print(trainable)
+
+
+BYTES_FROM = 1 << 30  # what takes less than a second needs no bar
+
+
+@contextlib.contextmanager
+def bytes_bar(title: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """GB and GB/s, on a terminal and for large amounts only; yields what is told of each number of bytes done."""
+    console = get_console()
+    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+                  TimeRemainingColumn(), console=console, transient=True,
+                  disable=not (show and console.is_terminal and total >= BYTES_FROM)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, advance=done)
 
 
 class _Remaining(ProgressColumn):

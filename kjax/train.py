@@ -72,6 +72,7 @@ def _load(config: Config, prepared: job.Job) -> tuple[dict, ExpertStore | None]:
         params = load_params(files, prepared.model, abstract)
         store = None
         if config.model.experts == "host":
-            store = open_experts(files, prepared.model, transport=config.model.transport)
+            store = open_experts(files, prepared.model, transport=config.model.transport,
+                                 storage=prepared.storage.mode if prepared.storage else "mapped")
             stash.set_budget(config.model.stash_gb)
     return params, store

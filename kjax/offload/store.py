@@ -1,7 +1,8 @@
-"""The expert store: where each routed expert lies in the mapped shards, readable by the host kernels as it is."""
+"""The expert store: where each routed expert lies, in the mapped shards or copied, readable by the host kernels."""
 
+import functools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from kjax import _ext
 from kjax.errors import CheckpointError
 from kjax.offload.formats import ALIGNMENT, FORMATS, Entry, Quantised
+from kjax.offload.resident import Resident
+from kjax.offload.storage import Mode
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PLAIN = {"BF16": "bf16", "F32": "fp32"}  # safetensors dtype of a weight without scales -> format of the kernels
@@ -17,19 +20,22 @@ PLAIN = {"BF16": "bf16", "F32": "fp32"}  # safetensors dtype of a weight without
 class ExpertStore:
     """All routed experts of a model, in the bytes of the checkpoint.
 
-    Shards are mapped read-only and never copied, transposed or converted; an expert costs memory only as page cache.
+    They are never transposed or converted. In mapped shards an expert costs memory only as page cache; resident ones
+    are copied as they are, see kjax.offload.storage.
     A store is hashable by identity, so that it can be a static argument under jit. Close it (or use it as a context
     manager) when no compiled function that uses it will run again; a call after that is an error, not a crash.
 
     Attributes:
       layers, experts, width (D), hidden (F): its shape.  id: its number in the kernels.
       format: "bf16", "fp32" or one of kjax.offload.formats.FORMATS.
-      transport: how compiled functions reach it, see kjax.offload.bridge.
+      transport: how compiled functions reach it, see kjax.offload.bridge.  storage: "mapped" or "resident".
+      refused: why resident experts may lie on another memory node than meant, or "".
     """
 
     def __init__(self, projections: Sequence[Sequence[Mapping[str, Entry | Quantised]]], *, transport: Literal[
-            "auto", "ffi", "pure_callback"] = "auto", check: bool = True):
-        """Map the experts of `projections[layer][expert]["gate_proj" | "up_proj" | "down_proj"]`.
+            "auto", "ffi", "pure_callback"] = "auto", storage: Mode = "mapped", check: bool = True,
+                 progress: bool = True):
+        """Map, or copy, the experts of `projections[layer][expert]["gate_proj" | "up_proj" | "down_proj"]`.
 
         Bfloat16 and float32 weights are entries by themselves. check reads every weight once and refuses NaN and Inf.
         Raises CheckpointError with the names of all tensors that do not fit.
@@ -39,16 +45,17 @@ class ExpertStore:
         first = projections[0][0]["gate_proj"]
         hidden, width = first.shape
         self._require_uniform(projections, _format(first), hidden, width)
-        self._open(len(projections), len(projections[0]), width, hidden, _format(first), transport)
-        files: dict[str, int] = {}
+        self._open(len(projections), len(projections[0]), width, hidden, _format(first), transport, storage)
+        try:
+            place = (self._map if storage == "mapped" else functools.partial(self._copy, show=progress))(projections)
+        except BaseException:
+            self.close()
+            raise
 
         def where(entries):
             """The buffers and offsets of one tensor of every expert."""
-            for entry in entries:
-                if str(entry.path) not in files:
-                    files[str(entry.path)] = self._ext.add_buffer(np.memmap(entry.path, np.uint8, mode="r"))
-            return (np.array([files[str(entry.path)] for entry in entries], np.int32),
-                    np.array([entry.begin for entry in entries], np.int64))
+            buffers, offsets = zip(*map(place, entries), strict=True)
+            return np.array(buffers, np.int32), np.array(offsets, np.int64)
 
         for layer, experts in enumerate(projections):
             for number, name in enumerate(PROJECTIONS):
@@ -84,12 +91,28 @@ class ExpertStore:
                 self._ext.place(layer, number, np.full(experts, buffer, np.int32), offset, None, None)
         return self
 
-    def _open(self, layers, experts, width, hidden, format_, transport):
+    def _open(self, layers, experts, width, hidden, format_, transport, storage="resident"):
         self.layers, self.experts, self.width, self.hidden = layers, experts, width, hidden
-        self.format, self.transport = format_, transport
+        self.format, self.transport, self.storage, self.refused = format_, transport, storage, ""
         self._ext = _ext.Store(layers, experts, width, hidden, format_)
         self.id = self._ext.id
         self._finalizer = weakref.finalize(self, self._ext.close)
+
+    def _map(self, projections) -> Callable[[Entry], tuple[int, int]]:
+        """The buffer and offset of a tensor in the mapped files."""
+        files = {path: self._ext.add_file(path) for path in dict.fromkeys(
+            str(entry.path) for layer in projections for expert in layer for entry in _tensors(expert))}
+        return lambda entry: (files[str(entry.path)], entry.begin)
+
+    def _copy(self, projections, show: bool) -> Callable[[Entry], tuple[int, int]]:
+        """The buffer and offset of a tensor in memory of its own."""
+        copy = Resident([[entry for layer in projections for entry in _tensors(layer[expert])]
+                         for expert in range(self.experts)], show=show)
+        for buffer in copy.buffers:
+            self._ext.add_buffer(buffer)
+        self._ext.set_nodes(np.array(copy.nodes, np.int32))
+        self.refused = copy.refused
+        return copy.place
 
     @staticmethod
     def _require_uniform(projections, format_, hidden, width):
@@ -120,7 +143,7 @@ class ExpertStore:
         return self._ext.stats()
 
     def close(self):
-        """Unmap; its entries leave the stash."""
+        """Unmap or free; its entries leave the stash."""
         self._finalizer()
 
     def __enter__(self):
@@ -131,7 +154,17 @@ class ExpertStore:
 
     def __repr__(self):
         return (f"ExpertStore({self.layers} layers x {self.experts} experts, D {self.width}, F {self.hidden}, "
-                f"{self.format})")
+                f"{self.format}, {self.storage})")
+
+
+def size(projections: Sequence[Sequence[Mapping[str, Entry | Quantised]]]) -> int:
+    """Bytes of all experts, as stored."""
+    return sum(entry.end - entry.begin for layer in projections for expert in layer for entry in _tensors(expert))
+
+
+def _tensors(expert: Mapping[str, Entry | Quantised]) -> Iterator[Entry]:
+    for weight in expert.values():
+        yield from (weight.codes, weight.scales) if isinstance(weight, Quantised) else (weight,)
 
 
 def _format(weight: Entry | Quantised) -> str | None:

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from rich import progress as bars
 
+from kjax import progress as bars
 from kjax.errors import CheckpointError
 from kjax.offload.formats import FORMATS, Quantised, decode
-from kjax.offload.store import ExpertStore
+from kjax.offload.storage import choose
+from kjax.offload.store import ExpertStore, size
 from kjax.weights.account import Source, account, expert_sources
 from kjax.weights.names import Place
 from kjax.weights.safetensors import DTYPES, ITEMSIZE, Checkpoint, TensorEntry, quote
@@ -26,7 +27,6 @@ from kjax.weights.safetensors import DTYPES, ITEMSIZE, Checkpoint, TensorEntry, 
 # result.
 BLOCK = 32 << 20
 WORKERS = 4
-PROGRESS_FROM = 1 << 30  # bytes; what takes less than a second needs no bar
 ALIGNMENT = 64  # bytes; a CPU array at such an address becomes a jax.Array without a copy
 
 # The bits of the exponent; all set means NaN or Inf.
@@ -56,21 +56,23 @@ def load_params(checkpoint: Checkpoint, config, abstract: Mapping, *, progress: 
     shapes = flatten_dict(abstract, sep="/")
     total = sum(_main(source).end - _main(source).begin for source, _ in wanted)
     fill = _fill_host if jax.default_backend() == "cpu" else _fill_device
-    with _progress_bar(total, progress) as bar:
-        task = bar.add_task("Loading weights", total=total)
-        leaves = fill(checkpoint, blocks, shapes, lambda count: bar.update(task, advance=count))
+    with bars.bytes_bar("Loading weights", total, progress) as advance:
+        leaves = fill(checkpoint, blocks, shapes, advance)
     return unflatten_dict(leaves, sep="/")
 
 
-def open_experts(checkpoint: Checkpoint, config, *, transport: str = "auto", check: bool = True) -> ExpertStore | None:
+def open_experts(checkpoint: Checkpoint, config, *, transport: str = "auto", storage: str = "auto",
+                 check: bool = True, progress: bool = True) -> ExpertStore | None:
     """The routed experts as a store over the checkpoint's own bytes; None for a model without any.
 
-    check reads every expert once and refuses NaN and Inf. Raises CheckpointError naming all expert tensors that are
-    missing or of another shape or dtype.
+    storage is "mapped", "resident" or "auto", which maps: see kjax.offload.storage. check reads every expert once and
+    refuses NaN and Inf. Raises CheckpointError naming all expert tensors that are missing or of another shape or dtype.
     """
     if not config.num_moe_layers:
         return None
-    return ExpertStore(expert_sources(checkpoint, config), transport=transport, check=check)
+    sources = expert_sources(checkpoint, config)
+    return ExpertStore(sources, transport=transport, storage=choose(storage, size(sources)).mode, check=check,
+                       progress=progress)
 
 
 def _main(source: Source) -> TensorEntry:
@@ -185,13 +187,3 @@ def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
 def _size(block: _Block) -> int:
     entry = _main(block.source)
     return (block.stop - block.start) * math.prod(entry.shape[1:]) * ITEMSIZE[entry.dtype]
-
-
-def _progress_bar(total: int, wanted: bool) -> bars.Progress:
-    """GB and GB/s, on a terminal and for large loads only."""
-    console = bars.get_console()
-    return bars.Progress(
-        bars.TextColumn("{task.description}"), bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(), console=console, transient=True,
-        disable=not (wanted and console.is_terminal and total >= PROGRESS_FROM),
-    )

@@ -1,0 +1,172 @@
+// The list of mapped ranges, and the signal handler over it.
+#include "mapped.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <mutex>
+
+#include "text.h"
+
+namespace kjax {
+
+// Nodes of the list are never freed, because a handler may be walking it; a closed file's node serves another one.
+struct Range {
+  std::atomic<uintptr_t> begin{0}, end{0};  // whole pages; 0, 0: free
+  std::atomic<uintptr_t> lost{0};           // from here on to `end` zeros stand in; 0: nothing lost
+  Range* next = nullptr;
+  std::string path;
+  size_t size = 0;
+  int file = -1;
+};
+
+namespace {
+
+std::mutex mutex;
+std::atomic<Range*> ranges{nullptr};
+std::atomic<bool> any_lost{false};
+std::atomic<bool> passed_on{false};  // a fault that is not ours went to `previous`, which may hand it back
+struct sigaction previous;
+const uintptr_t page_size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+
+Range* range_of(uintptr_t address) {
+  for (Range* range = ranges.load(std::memory_order_acquire); range; range = range->next)
+    if (address >= range->begin.load() && address < range->end.load()) return range;
+  return nullptr;
+}
+
+// Runs inside the signal handler: system calls and atomics only.
+bool replace_by_zeros(uintptr_t address) {
+  Range* const range = range_of(address);
+  if (!range) return false;
+  const uintptr_t page = address & ~(page_size - 1), end = range->end.load();
+  if (mmap(reinterpret_cast<void*>(page), end - page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
+      MAP_FAILED)
+    return false;
+  uintptr_t lost = range->lost.load();
+  while ((lost == 0 || page < lost) && !range->lost.compare_exchange_weak(lost, page)) {
+  }
+  any_lost.store(true);
+  return true;
+}
+
+void on_fault(int signal, siginfo_t* info, void*) {
+  const int error = errno;
+  const bool fault = info->si_code > 0;  // not sent by kill() or raise()
+  if (fault && replace_by_zeros(reinterpret_cast<uintptr_t>(info->si_addr))) {
+    errno = error;
+    return;
+  }
+  // Not ours: the instruction, or the signal, comes again under the handler that was there before.
+  struct sigaction standard = {};
+  standard.sa_handler = SIG_DFL;
+  sigaction(signal, passed_on.exchange(true) ? &standard : &previous, nullptr);
+  if (!fault) raise(signal);
+  errno = error;
+}
+
+}  // namespace
+
+MappedFile::MappedFile(const std::string& path) {
+  const auto fail = [&](const char* what) { throw FileLost(text(path, ": ", what, " (", std::strerror(errno), ")")); };
+  std::lock_guard lock(mutex);
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (file < 0) fail("cannot be opened");
+  struct stat status;
+  void* data = MAP_FAILED;
+  if (fstat(file, &status) == 0 && status.st_size > 0)
+    data = mmap(nullptr, static_cast<size_t>(status.st_size), PROT_READ, MAP_SHARED, file, 0);
+  if (data == MAP_FAILED) {
+    close(file);
+    fail("cannot be mapped");
+  }
+  range_ = ranges.load();
+  while (range_ && range_->end.load()) range_ = range_->next;
+  if (!range_) {
+    range_ = new Range;
+    range_->next = ranges.load();
+    ranges.store(range_, std::memory_order_release);
+  }
+  range_->path = path;
+  range_->size = static_cast<size_t>(status.st_size);
+  range_->file = file;
+  range_->begin.store(reinterpret_cast<uintptr_t>(data));
+  range_->end.store(reinterpret_cast<uintptr_t>(data) + (range_->size + page_size - 1) / page_size * page_size);
+}
+
+MappedFile::~MappedFile() {
+  std::lock_guard lock(mutex);
+  const uintptr_t begin = range_->begin.load(), end = range_->end.load();
+  range_->begin.store(0);
+  range_->lost.store(0);
+  close(range_->file);
+  munmap(reinterpret_cast<void*>(begin), end - begin);
+  range_->end.store(0);
+}
+
+const uint8_t* MappedFile::data() const { return reinterpret_cast<const uint8_t*>(range_->begin.load()); }
+size_t MappedFile::size() const { return range_->size; }
+
+bool file_lost() { return any_lost.load(std::memory_order_relaxed); }
+
+void watch_files() {
+  if (!ranges.load(std::memory_order_acquire)) return;
+  std::lock_guard lock(mutex);
+  struct sigaction now;
+  sigaction(SIGBUS, nullptr, &now);
+  if ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_fault) return;
+  previous = now;
+  passed_on.store(false);
+  struct sigaction ours = {};
+  ours.sa_sigaction = on_fault;
+  ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  sigemptyset(&ours.sa_mask);
+  sigaction(SIGBUS, &ours, nullptr);
+}
+
+void require_files() {
+  if (!any_lost.load()) return;
+  std::lock_guard lock(mutex);
+  any_lost.store(false);
+  std::string problems;
+  for (Range* range = ranges.load(); range; range = range->next) {
+    const uintptr_t lost = range->lost.exchange(0), begin = range->begin.load(), end = range->end.load();
+    if (!lost) continue;
+    struct stat status;
+    const size_t now = fstat(range->file, &status) == 0 ? static_cast<size_t>(status.st_size) : 0;
+    problems += text(problems.empty() ? "" : "; ", range->path, ": cannot be read at byte ", lost - begin, ": ",
+                     now < range->size ? text("it has ", now, " bytes now and had ", range->size, " when it was opened")
+                                       : std::string("its disk fails"));
+    mmap(reinterpret_cast<void*>(lost), end - lost, PROT_READ, MAP_SHARED | MAP_FIXED, range->file,
+         static_cast<off_t>(lost - begin));
+  }
+  if (!problems.empty()) throw FileLost(problems + "; put the file back as it was and go on");
+}
+
+void read_ahead(const uint8_t* data, size_t bytes) {
+#if defined(__linux__) && defined(RWF_NOWAIT)
+  const uintptr_t at = reinterpret_cast<uintptr_t>(data);
+  const Range* const range = range_of(at);
+  if (!range) return;  // resident memory
+  const off_t first = static_cast<off_t>(at - range->begin.load());
+  // One byte in the middle tells for all: a strip of experts is read and dropped as a whole.
+  char byte;
+  const iovec one{&byte, 1};
+  if (preadv2(range->file, &one, 1, first + static_cast<off_t>(bytes / 2), RWF_NOWAIT) == 1 || errno != EAGAIN) return;
+  constexpr size_t kPiece = size_t{1} << 20;  // the kernel cuts one request to its largest read, often no more
+  for (size_t done = 0; done < bytes; done += kPiece)
+    posix_fadvise(range->file, first + static_cast<off_t>(done), static_cast<off_t>(std::min(kPiece, bytes - done)),
+                  POSIX_FADV_WILLNEED);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+}  // namespace kjax
