@@ -1,5 +1,6 @@
 """LoRA adapters on disk: the files PEFT reads and writes, checked against the model and published whole."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -9,23 +10,30 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
+from rich import progress as bars
 
+from kjax import adapter_layouts as layouts
 from kjax import peft_config
+from kjax.adapter_match import listed, match
 from kjax.errors import CheckpointError, ConfigError, RunError
-from kjax.lora import Linears, LoraSpec, abstract, group, module_names
+from kjax.lora import Linears, LoraSpec, group
 from kjax.weights.safetensors import parse_json, quote
+from kjax.weights.writer import Part, sync, write_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RECORD, TEMPLATE = "kjax_adapter.json", "chat_template.jinja"
-DTYPES = ("F32", "BF16", "F16", "F64")
+Layout = Literal["experts", "fused"]
+SHOWN = 1 << 28  # numbers, a gigabyte: fewer are read at once
 MAX_NORM = 1 << 20  # numbers: larger ones are no norm of any model, and nothing to read for a hash
 MAX_JSON = 1 << 24  # bytes: far above the 60 kB of a config that names every projection of 61 layers
 
@@ -38,6 +46,7 @@ class Base:
     config: str = ""  # of config.json's contents
     tensors: str = ""  # of all tensors' names, types and shapes
     weights: str = ""  # of the norm weights as fp32: equal for the bf16 and fp8 copies of one model
+    prefix: str = ""  # before `model.layers` in all names of a text model inside of a multimodal one
 
 
 def identify(checkpoint, name: str | None = None) -> Base:
@@ -48,54 +57,124 @@ def identify(checkpoint, name: str | None = None) -> Base:
     """
     found = map(checkpoint.entry, checkpoint.names())
     entries = sorted((entry.name, entry.dtype, list(entry.shape)) for entry in found)
-    config_json, weights = checkpoint.config_json, hashlib.sha256()
+    config_json, weights, prefix = checkpoint.config_json, hashlib.sha256(), ""
+    text_config = config_json.get("text_config")
+    layers = (text_config if isinstance(text_config, dict) else config_json).get("num_hidden_layers", 0)
     for tensor, _, shape in entries:
-        layer = re.match(r"model\.layers\.(\d{1,9})\.", tensor)
+        layer = re.match(r"(language_model\.)?model\.layers\.(\d{1,9})\.", tensor)
         # Layers above the model's own predict further tokens; copies of a model come with and without them.
-        own = layer is None or int(layer[1]) < config_json.get("num_hidden_layers", 0)
+        own = layer is None or int(layer[2]) < layers
+        prefix = prefix or layer and layer[1] or ""
         if tensor.endswith("norm.weight") and own and math.prod(shape) <= MAX_NORM:
             weights.update(tensor.encode() + np.asarray(checkpoint.read(tensor), np.float32).tobytes())
     config, tensors = (hashlib.sha256(_json(part)).hexdigest() for part in (config_json, entries))
-    return Base(name or str(checkpoint.directory), config, tensors, weights.hexdigest())
+    return Base(name or str(checkpoint.directory), config, tensors, weights.hexdigest(), prefix)
 
 
-def notes(spec: LoraSpec) -> tuple[str, ...]:
-    """What users of the files should know: programs that load them only in part."""
-    dropped = sorted({path.split("/", 1)[1].replace("/", ".") for path in spec.paths
-                      if group(path) in ("shared", "dense")})
-    if not dropped:
-        return ()
-    return (f"peft with transformers 5 drops the adapters on {', '.join(dropped)} of DeepSeek models without a word: "
-            "give model.config.model_type another name before PeftModel.from_pretrained, use transformers 4, or merge",)
+def notes(spec: LoraSpec, layout: Layout = "experts") -> tuple[str, ...]:
+    """What users of the files should know: programs that load them only in part, or not at all."""
+    found, others = [], sorted({path.split("/", 1)[1].replace("/", ".") for path in spec.paths
+                                if group(path) in ("shared", "dense")})
+    gate, up, routed = spec.get(layouts.GATE), spec.get(layouts.UP), any(p.startswith(layouts.EXPERTS)
+                                                                        for p in spec.paths)
+    if others:
+        way = ("give model.config.model_type another name before PeftModel.from_pretrained" + (
+            ", of this adapter in the fused layout (kjax export --layout fused)" if routed and layout == "experts" else
+            ""))
+        found.append(f"peft with transformers 5 drops the adapters on {', '.join(others)} of mixture-of-experts models "
+                     f"without a word: {way}, use transformers 4, or merge (kjax merge)")
+    if layout == "experts" and gate != up:
+        found.append("peft with transformers 5 reads adapters of single experts only where gate_proj and up_proj have "
+                     "one rank and alpha, which they do not here: use the fused layout (kjax export --layout fused), "
+                     "transformers 4, or merge (kjax merge)")
+    if layout == "fused":
+        found.append("transformers 4, SGLang and converters for llama.cpp do not read the fused layout: for them "
+                     "export with --layout experts, or merge (kjax merge)")
+    return tuple(found)
 
 
-def save(directory: str | os.PathLike, tree: dict, spec: LoraSpec, linears: Linears, *,
-         base: Base, chat_template: str | None = None) -> Path:
+def save(directory: str | os.PathLike, tree: dict, spec: LoraSpec, linears: Linears, *, base: Base,
+         chat_template: str | None = None, layout: Layout = "experts",
+         dtype: Literal["float32", "bfloat16"] = "float32") -> Path:
     """Writes a lora tree as PEFT files, with the base's identity and the chat template beside them.
 
-    tree: path -> {"lora_A": [L, R, in], "lora_B": [L, out, R]}. A new directory appears complete or not at all; in
-    an existing one each file is replaced in one go, the weights last. What was there survives a full disk.
+    tree: path -> {"lora_A": [L, R, in], "lora_B": [L, out, R]}, of routed experts {[L, E, R, in], [L, E, out, R]}.
+    layout: of the routed experts' adapters, see kjax.adapter_layouts.  dtype: of the file.
+    A new directory appears complete or not at all; in an existing one each file is replaced in one go, the weights
+    last. What was there survives a full disk. Memory beside the tree: a layer's experts.
     """
+    _require_saveable(tree, spec, linears)
+    code = {"float32": "F32", "bfloat16": "BF16"}[dtype]
+    if layout == "fused":
+        rest, made = layouts.fuse(spec)
+        config = peft_config.write(rest, linears, base.name, made)
+        parts = layouts.fused(tree, spec, linears, code, base.prefix)
+    else:
+        config = peft_config.write(spec, linears, base.name)
+        parts = layouts.per_expert(tree, linears, code, base.prefix)
     files = {
-        CONFIG: _json(peft_config.write(spec, linears, base.name), indent=2),
-        RECORD: _json({"format": 1, "base": asdict(base), "notes": notes(spec)}, indent=2),
-        WEIGHTS: safetensors.numpy.save(_tensors(tree, spec, linears), {"format": "pt"}),
+        CONFIG: _json(config, indent=2),
+        RECORD: _json({"format": 1, "base": asdict(base), "notes": notes(spec, layout)}, indent=2),
     }
     if chat_template is not None:
         files = {TEMPLATE: chat_template.encode(), **files}
-    _publish(Path(directory), files)
-    for note in notes(spec):
+    _publish(Path(directory), files, list(parts))
+    for note in notes(spec, layout):
         _tell_once(note)
     return Path(directory)
 
 
-def load(directory: str | os.PathLike, linears: Linears,
-         base: Base | None = None) -> tuple[LoraSpec, dict]:
+def load(directory: str | os.PathLike, linears: Linears, base: Base | None = None) -> tuple[LoraSpec, dict]:
     """Reads a PEFT adapter, kjax's or another's, into a spec and a lora tree of fp32 arrays.
 
-    linears: those of the model. Everything that does not fit it is reported at once. Where both
-    `base` and the files identify the base model they must agree.
+    linears: those of the model. Everything that does not fit it is reported at once. Where both `base` and the files
+    identify the base model they must agree. The experts' arrays stay on the host.
     """
+    with opened(directory, linears, base) as adapter:
+        leaves = {}
+        with _bar(adapter.spec, linears) as advance:
+            for path, _ in adapter.spec.entries:
+                leaves |= {f"{path}/{matrix}": _place(path, stack)
+                           for matrix, stack in zip(layouts.MATRICES, adapter.stack(path, advance), strict=True)}
+        return adapter.spec, unflatten_dict(leaves, sep="/")
+
+
+class Adapter(NamedTuple):
+    """An open adapter: `spec`, and matrices that are read when asked for."""
+
+    spec: LoraSpec
+    reader: layouts.Reader
+    linears: Linears
+    file: Path
+
+    def pair(self, path: str, index: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """A [R, in] and B [out, R] of one linear, fp32 and finite; index is its layer, and its expert."""
+        return self._finite(path, index, *self.reader.pair(path, index))
+
+    def stack(self, path: str, advance: Callable[[int], object]) -> tuple[np.ndarray, np.ndarray]:
+        """A and B of all layers (and experts); advance(n) is told of every n numbers."""
+        shape, rank = self.linears[path].stack, self.spec.get(path).rank
+        width_in, width_out = self.linears[path].width_in, self.linears[path].width_out
+        a, b = np.empty((*shape, rank, width_in), np.float32), np.empty((*shape, width_out, rank), np.float32)
+        whole_layers = path in self.reader.fused
+        for index in np.ndindex(*(shape[:1] if whole_layers else shape)):
+            found = self.reader.layer(path, *index) if whole_layers else self.reader.pair(path, index)
+            a[index], b[index] = self._finite(path, index, *found)
+            advance(found[0].size + found[1].size)
+        return a, b
+
+    def _finite(self, path: str, index: tuple[int, ...], *pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        for matrix, array in zip(layouts.MATRICES, pair, strict=True):
+            if not np.isfinite(array).all():
+                fused = self.reader.fused.get(path)
+                name = fused.module(index[0], self.linears) if fused else layouts.module(path, index, self.linears)
+                raise CheckpointError(f"{self.file}: NaN or Inf in {layouts.key(name, matrix)}")
+        return pair
+
+
+@contextlib.contextmanager
+def opened(directory: str | os.PathLike, linears: Linears, base: Base | None = None) -> Iterator[Adapter]:
+    """A PEFT adapter whose matrices are read one by one; checks and errors as for `load`."""
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; give the one that holds {CONFIG}")
@@ -109,36 +188,44 @@ def load(directory: str | os.PathLike, linears: Linears,
             "safe_serialization=True" if pickles else ""))
     try:
         with safetensors.safe_open(file, "np") as tensors:
-            found = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118  not a dict
-            found = {key: (entry.get_dtype(), tuple(entry.get_shape())) for key, entry in found.items()}
-            spec = _match(directory, settings, found, linears)
-            return spec, _read(file, tensors, spec, linears)
+            spec, reader = match(directory, settings, tensors, linears)
+            yield Adapter(spec, reader, linears, file)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{file}: not readable as safetensors ({error}); copy the adapter again") from error
 
 
-def _key(module: str, matrix: str) -> str:
-    """The tensor's name in PEFT files: its two wrappers come before the module's own name."""
-    return f"base_model.model.{module}.{matrix}.weight"
+def _place(path: str, stack: np.ndarray) -> jax.Array:
+    """On the default device; the experts' on the host, where they are as large as all the rest together."""
+    return jax.device_put(stack, jax.local_devices(backend="cpu")[0]) if path.startswith(layouts.EXPERTS) else (
+        jnp.asarray(stack))
 
 
-def _tensors(tree: dict, spec: LoraSpec, linears) -> dict[str, np.ndarray]:
-    """PEFT's names and one contiguous fp32 array per layer; the tree must be the spec's, and finite."""
-    leaves, expected = flatten_dict(tree, sep="/"), flatten_dict(abstract(spec, linears), sep="/")
-    shapes, wanted = ({name: leaf.shape for name, leaf in of.items()} for of in (leaves, expected))
+@contextlib.contextmanager
+def _bar(spec: LoraSpec, linears: Linears) -> Iterator[Callable[[int], object]]:
+    """Progress of the numbers read, for adapters so large that it takes seconds."""
+    total = sum(math.prod(linears[path].stack) * adapter.rank * (linears[path].width_in + linears[path].width_out)
+                for path, adapter in spec.entries)
+    console = bars.get_console()
+    with bars.Progress(console=console, transient=True, disable=not (console.is_terminal and total > SHOWN)) as shown:
+        task = shown.add_task("Reading the adapter", total=total)
+        yield lambda count: shown.update(task, advance=count)
+
+
+def _require_saveable(tree: dict, spec: LoraSpec, linears: Linears):
+    """The tree must be the spec's, and finite."""
+    leaves, wanted = flatten_dict(tree, sep="/"), {}
+    for path, adapter in spec.entries:
+        size = linears[path]
+        wanted |= {f"{path}/lora_A": (*size.stack, adapter.rank, size.width_in),
+                   f"{path}/lora_B": (*size.stack, size.width_out, adapter.rank)}
+    shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     if shapes != wanted:
         wrong = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
         raise ConfigError("the lora tree is not that of its spec: "
-                          + _listed([f"{n} is {shapes.get(n)}, not {wanted.get(n)}" for n in wrong]))
-    tensors = {}
+                          + listed([f"{n} is {shapes.get(n)}, not {wanted.get(n)}" for n in wrong]))
     for name, leaf in leaves.items():
-        path, matrix = name.rsplit("/", 1)
-        stack = np.ascontiguousarray(leaf, np.float32).reshape(-1, *leaf.shape[-2:])
-        if not np.isfinite(stack).all():
+        if not all(np.isfinite(layer).all() for layer in np.asarray(leaf)):
             raise RunError(f"{name} holds NaN or Inf: not saved")
-        tensors |= {_key(module, matrix): array
-                    for module, array in zip(module_names(path, linears), stack, strict=True)}
-    return tensors
 
 
 def _read_json(path: Path) -> dict:
@@ -165,76 +252,7 @@ def _check_base(directory: Path, base: Base | None):
                       stacklevel=3)
 
 
-def _match(directory: Path, settings: peft_config.Settings, found: dict, linears) -> LoraSpec:
-    """The spec that a file's tensors (name -> dtype, shape) make up; raises with all that does not fit."""
-    keys = {_key(module, matrix): (path, module, matrix) for path in linears
-            for module in module_names(path, linears) for matrix in ("lora_A", "lora_B")}
-    problems = _strangers([key for key in found if key not in keys])
-    present = {keys[key][1] for key in found if key in keys}
-    entries = []
-    for path, size in linears.items():
-        modules = module_names(path, linears)
-        named = [module for module in modules if (settings.names(module) if settings.targets else module in present)]
-        if unnamed := present.intersection(modules).difference(named):
-            problems.append(f"{min(unnamed)} has tensors, but target_modules in {CONFIG} does not name it")
-        elif 0 < len(named) < len(modules):
-            problems.append(f"{path} is adapted in {len(named)} of {len(modules)} layers; kjax needs all of them")
-        if not named:
-            continue
-        modules = named
-        adapters = {module: settings.adapter(module) for module in modules}
-        for module, adapter in adapters.items():
-            wanted = {"lora_A": (adapter.rank, size.width_in), "lora_B": (size.width_out, adapter.rank)}
-            for matrix, shape in wanted.items():
-                dtype, actual = found.get(_key(module, matrix), (None, None))
-                if dtype is None:
-                    problems.append(f"{_key(module, matrix)} is missing")
-                elif actual != shape:
-                    problems.append(f"{_key(module, matrix)} is {list(actual)}, the model and rank {adapter.rank} "
-                                    f"need {list(shape)}")
-                elif dtype not in DTYPES:
-                    problems.append(f"{_key(module, matrix)} has dtype {dtype}, not one of {', '.join(DTYPES)}")
-        if len(set(adapters.values())) > 1:
-            problems.append(f"{path} has layers of different rank or alpha, which a stack of layers cannot have")
-        entries.append((path, adapters[modules[0]]))
-    if not found:
-        problems.append("the file holds no tensors")
-    if problems:
-        raise CheckpointError(f"{directory}: this adapter (of {quote(settings.base)}) does not fit the model: "
-                              + _listed(problems))
-    return LoraSpec(tuple(sorted(entries)))
-
-
-def _strangers(keys: list[str]) -> list[str]:
-    """What the tensors are that belong to no adaptable linear of the model."""
-    routed = [key for key in keys if ".mlp.experts." in key]
-    router = [key for key in keys if ".mlp.gate." in key]
-    others = [key for key in keys if key not in routed and key not in router]
-    problems = [f"{quote(key)} belongs to no linear layer of this model" for key in others]
-    if routed:
-        problems.append(f"{len(routed)} tensors adapt the routed experts ({quote(routed[0])}, ...), not supported yet")
-    if router:
-        problems.append(f"{len(router)} tensors adapt the router ({quote(router[0])}, ...), which kjax never does")
-    return problems
-
-
-def _read(file: Path, tensors, spec: LoraSpec, linears) -> dict:
-    """The stacked fp32 arrays of a matched file."""
-    leaves, bad = {}, []
-    for name, leaf in flatten_dict(abstract(spec, linears), sep="/").items():
-        path, matrix = name.rsplit("/", 1)
-        stack = np.empty((math.prod(leaf.shape[:-2]), *leaf.shape[-2:]), np.float32)
-        for i, module in enumerate(module_names(path, linears)):
-            stack[i] = tensors.get_tensor(_key(module, matrix))
-            if not np.isfinite(stack[i]).all():
-                bad.append(_key(module, matrix))
-        leaves[name] = jnp.asarray(stack.reshape(leaf.shape))
-    if bad:
-        raise CheckpointError(f"{file}: NaN or Inf in {_listed(bad)}")
-    return unflatten_dict(leaves, sep="/")
-
-
-def _publish(directory: Path, files: dict[str, bytes]):
+def _publish(directory: Path, files: dict[str, bytes], weights: list[Part]):
     """Writes the files so that a reader finds each of them whole, old or new, whenever the machine stops."""
     staging = directory.parent / f".{directory.name}.partial"
     try:
@@ -246,30 +264,21 @@ def _publish(directory: Path, files: dict[str, bytes]):
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        _sync(staging)
+        write_file(staging / WEIGHTS, weights)
         if directory.exists():
-            for name in files:
+            for name in (*files, WEIGHTS):
                 os.replace(staging / name, directory / name)
             if TEMPLATE not in files:
                 (directory / TEMPLATE).unlink(missing_ok=True)
-            _sync(directory)
+            sync(directory)
         else:
             os.rename(staging, directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     except OSError as error:
         raise RunError(f"{directory}: the adapter could not be written ({error.strerror}); a previous one there is "
                        "unchanged. Free some space or give another directory") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _sync(directory: Path):
-    """Makes renames in a directory durable."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @functools.lru_cache
@@ -280,6 +289,3 @@ def _tell_once(note: str):
 def _json(value, indent: int | None = None) -> bytes:
     return json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False).encode()
 
-
-def _listed(items: list[str], limit: int = 20) -> str:
-    return "; ".join(items[:limit]) + (f"; and {len(items) - limit} more" if len(items) > limit else "")

@@ -6,15 +6,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from kjax.adapter_layouts import EXPERTS, GATE, Fused, modules
 from kjax.errors import CheckpointError, ConfigError
-from kjax.lora import Adapter, Linears, LoraSpec, module_names
+from kjax.lora import Adapter, Linears, LoraSpec
 from kjax.weights.safetensors import quote
 
 # What PEFT can put into a LoRA that the formula y = W x + scale * B A x does not hold. Other keys, known or not,
 # leave the formula alone.
 _UNSUPPORTED = {
     "use_dora": "DoRA", "lora_bias": "a bias in the adapter", "modules_to_save": "fully trained modules",
-    "fan_in_fan_out": "transposed weights", "target_parameters": "fused routed-expert adapters",
+    "fan_in_fan_out": "transposed weights",
     "layers_to_transform": "adapters on some layers only", "layer_replication": "replicated layers",
     "trainable_token_indices": "trained embeddings", "use_qalora": "QA-LoRA", "use_bdlora": "block-diagonal LoRA",
     "alora_invocation_tokens": "activated LoRA", "arrow_config": "Arrow routing", "velora_config": "VeLoRA",
@@ -28,25 +29,30 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MAX_REPETITIONS, _MAX_GROUPS, _MAX_LENGTH, _MAX_PATTERNS = 3, 3, 200, 32
 
 
-def write(spec: LoraSpec, linears: Linears, base: str) -> dict:
-    """The contents of adapter_config.json: keys that every reader knows, with which PEFT finds the same modules."""
-    adapters = [adapter for _, adapter in spec.entries]
-    if len({(adapter.dropout, adapter.rslora) for adapter in adapters}) != 1:
+def write(spec: LoraSpec, linears: Linears, base: str, fused: tuple[Fused, ...] = ()) -> dict:
+    """The contents of adapter_config.json: keys that every reader knows, with which PEFT finds the same modules.
+
+    fused: the routed experts' adapters where the file holds them so; spec then has the others only.
+    """
+    adapters = {path: adapter for path, adapter in spec.entries} | {EXPERTS + f.parameter: f.adapter for f in fused}
+    if len({(adapter.dropout, adapter.rslora) for adapter in adapters.values()}) != 1:
         raise ConfigError("PEFT files hold one dropout and one rslora for all modules; the adapters' differ")
     # Modules that a short name must not select: also those that kjax stacks elsewhere or never adapts.
-    modules = {name: path for path in linears for name in module_names(path, linears)}
-    for layer in {re.match(r"model\.layers\.\d+", name)[0] for name in modules}:
+    owners = {name: path for path in linears for name in modules(path, linears).values()}
+    for layer in {re.match(r"model\.layers\.\d+", name)[0] for name in owners}:
         for name in ("gate_proj", "up_proj", "down_proj"):
-            modules.setdefault(f"{layer}.mlp.experts.0.{name}", "")
-    targets = _spell(spec.paths, linears, modules, lambda path: spec.get(path) is not None)
-    rank, rank_pattern = _pattern({path: adapter.rank for path, adapter in spec.entries}, linears)
-    alpha, alpha_pattern = _pattern({path: _whole(adapter.alpha) for path, adapter in spec.entries}, linears)
+            owners.setdefault(f"{layer}.mlp.experts.0.{name}", "")
+    targets = _spell(spec.paths, linears, owners, lambda path: spec.get(path) is not None)
+    rank, rank_pattern = _pattern({path: adapter.rank for path, adapter in adapters.items()}, linears)
+    alpha, alpha_pattern = _pattern({path: _whole(adapter.alpha) for path, adapter in adapters.items()}, linears)
+    any_adapter = next(iter(adapters.values()))
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": rank, "lora_alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
-        "lora_dropout": adapters[0].dropout, "use_rslora": adapters[0].rslora, "bias": "none",
+        # PEFT has no dropout for parameters and refuses the file; it would matter in training only.
+        "lora_dropout": 0.0 if fused else any_adapter.dropout, "use_rslora": any_adapter.rslora, "bias": "none",
         "fan_in_fan_out": False, "init_lora_weights": True, "target_modules": targets,
-    }  # fmt: skip
+    } | ({"target_parameters": [f"mlp.experts.{f.parameter}" for f in fused]} if fused else {})  # fmt: skip
 
 
 def _whole(alpha: float) -> float:
@@ -55,31 +61,40 @@ def _whole(alpha: float) -> float:
 
 
 def _pattern(values: Mapping[str, float], linears: Linears) -> tuple[float, dict[str, float]]:
-    """The commonest value, and for the other paths PEFT's pattern: a regex for the end of a module's name."""
-    default = collections.Counter(values.values()).most_common(1)[0][0]
-    modules = {name: path for path in values for name in module_names(path, linears)}
+    """The commonest value, and for the other paths PEFT's pattern: a regex for the end of a module's name.
+
+    Where routed experts are adapted theirs is the default: PEFT with transformers 5 makes the rank of gate_up_proj
+    from it, and from no pattern.
+    """
+    default = values.get(GATE, collections.Counter(values.values()).most_common(1)[0][0])
+    others = {path: value for path, value in values.items() if not path.startswith(EXPERTS)}
+    owners = {name: path for path in others for name in modules(path, linears).values()}
     pattern = {}
     for path, value in values.items():
-        if value != default:
-            names = _spell([path], linears, modules, lambda other, value=value: values[other] == value)
+        if value == default:
+            continue
+        if path in others:
+            names = _spell([path], linears, owners, lambda other, value=value: values[other] == value)
             pattern |= {re.escape(name): value for name in names}
+        else:  # `experts.12.down_proj`, and `experts.down_proj` for readers that keep all experts in one parameter
+            pattern[rf"experts\.[\d.]*{path.removeprefix(EXPERTS)}"] = value
     return default, dict(sorted(pattern.items()))
 
 
-def _spell(paths: Iterable[str], linears: Linears, modules: Mapping[str, str],
+def _spell(paths: Iterable[str], linears: Linears, owners: Mapping[str, str],
            belongs: Callable[[str], bool]) -> list[str]:
     """Names for these paths that select, by their end after a dot, no module whose path does not belong.
 
-    The last part of the name where that suffices (`q_b_proj`), else the last two (`shared_experts.up_proj`), else the
-    full names of all layers.
+    The last part of the name where that suffices (`q_b_proj`), else the last two (`shared_experts.up_proj`, and
+    `3.up_proj` for each expert), else the full names of all layers.
     """
+    ends = {name: [".".join(name.split(".")[-parts:]) for parts in (1, 2)] for name in owners}
+    taken = {end for name, path in owners.items() if not belongs(path) for end in ends[name]}
     names = set()
     for path in paths:
-        full = module_names(path, linears)
-        ends = (".".join(full[0].split(".")[-parts:]) for parts in (1, 2))
-        short = next((end for end in ends if all(belongs(other) for module, other in modules.items()
-                                                 if module.endswith(f".{end}"))), None)
-        names |= {short} if short else set(full)
+        full = modules(path, linears).values()
+        names |= next((short for short in ({ends[name][parts] for name in full} for parts in (0, 1))
+                       if not short & taken), set(full))
     return sorted(names)
 
 
@@ -95,8 +110,9 @@ class Settings:
     alpha_pattern: dict[str, float]
     dropout: float
     rslora: bool
-    targets: tuple[str, ...] | str  # names or a regular expression; empty: only the tensors tell
-    excluded: tuple[str, ...] | str
+    parameters: tuple[str, ...]  # of target_parameters: those that hold all routed experts
+    targets: frozenset[str] | str  # names or a regular expression; empty: only the tensors tell
+    excluded: frozenset[str] | str
 
     def adapter(self, module: str) -> Adapter:
         """The adapter of one module, `model.layers.3.self_attn.q_b_proj`: a pattern's first key that fits counts."""
@@ -110,10 +126,11 @@ class Settings:
         """Whether target_modules selects this module and exclude_modules does not."""
         return self._listed(self.targets, module) and not self._listed(self.excluded, module)
 
-    def _listed(self, names: tuple[str, ...] | str, module: str) -> bool:
+    def _listed(self, names: frozenset[str] | str, module: str) -> bool:
         if isinstance(names, str):
             return bool(_compile(names, self.where).fullmatch(module))
-        return any(module == name or module.endswith(f".{name}") for name in names)
+        parts = module.split(".")
+        return any(".".join(parts[i:]) in names for i in range(len(parts)))
 
 
 def read(raw: dict, where: str) -> Settings:
@@ -162,16 +179,27 @@ def read(raw: dict, where: str) -> Settings:
         alpha_pattern=get("alpha_pattern", pattern_of(is_alpha), f"names {regexes} with numbers", {}),
         dropout=float(get("lora_dropout", lambda p: is_alpha(p) and 0 <= p < 1, "a number in [0, 1)", 0.0)),
         rslora=get("use_rslora", lambda flag: isinstance(flag, bool), "true or false", False),
+        parameters=_parameters(raw, where),
         targets=_usable(targets),
         excluded=_usable(excluded),
     )
 
 
-def _usable(names: list[str] | str) -> tuple[str, ...] | str:
+def _parameters(raw: dict, where: str) -> tuple[str, ...]:
+    names = raw.get("target_parameters") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{where}: target_parameters = {quote(names)}, expected a list of names")
+    if others := [name for name in names if name.split(".")[-1] not in ("gate_up_proj", "down_proj")]:
+        raise CheckpointError(f"{where}: not supported: target_parameters names {quote(others[0])}; kjax adapts linear "
+                              "layers, and of parameters only the experts' gate_up_proj and down_proj")
+    return tuple(names)
+
+
+def _usable(names: list[str] | str) -> frozenset[str] | str:
     """Names, or a regular expression if it is a simple one; without it the tensors tell what is adapted."""
     if isinstance(names, list):
-        return tuple(names)
-    return names if names != "all-linear" and _is_harmless(names) else ()
+        return frozenset(names)
+    return names if names != "all-linear" and _is_harmless(names) else frozenset()
 
 
 def _fits(key: str, module: str, where: str) -> bool:

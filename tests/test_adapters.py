@@ -103,7 +103,7 @@ def test_the_files(tmp_path):
         "target_modules": ["o_proj", "q_proj"]}
     assert (tmp_path / "a/chat_template.jinja").read_text() == "{{ messages }}\n"
     assert json.loads((tmp_path / "a/kjax_adapter.json").read_text())["base"] == {
-        "name": "models/tiny", "config": "c0", "tensors": "70", "weights": "33"}
+        "name": "models/tiny", "config": "c0", "tensors": "70", "weights": "33", "prefix": ""}
     with safetensors.safe_open(tmp_path / "a/adapter_model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
         assert len(file.keys()) == 2 * 2 * 3
@@ -158,7 +158,7 @@ def test_patterns_match_in_pefts_order(tmp_path):
     ("bias", "lora_only", "trained biases"),
     ("modules_to_save", ["lm_head"], "fully trained modules"),
     ("fan_in_fan_out", True, "transposed weights"),
-    ("target_parameters", ["mlp.experts.gate_up_proj"], "fused routed-expert adapters"),
+    ("target_parameters", ["mlp.gate.weight"], "of parameters only the experts' gate_up_proj and down_proj"),
     ("layers_to_transform", [1], "some layers only"),
     ("init_lora_weights", "pissa_niter_4", "changes the base weights"),
     ("peft_type", "LOHA", "kjax reads LORA adapters"),
@@ -233,8 +233,8 @@ def test_layers_of_different_alpha(tmp_path):
 
 
 @pytest.mark.parametrize("key, says", [
-    ("mlp.experts.3.up_proj.lora_A.weight", "1 tensors adapt the routed experts"),
-    ("mlp.experts.base_layer.lora_A.weight", "1 tensors adapt the routed experts"),
+    ("mlp.experts.3.up_proj.lora_A.weight", "belongs to no linear layer"),
+    ("mlp.experts.base_layer.lora_A.weight", "belongs to no linear layer"),
     ("mlp.gate.lora_B.weight", "1 tensors adapt the router"),
     ("self_attn.q_proj.lora_magnitude_vector.weight", "belongs to no linear layer"),
 ])
