@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=int, default=0, metavar="N")
     chat.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the run's, else bfloat16")
     chat.add_argument("--experts", choices=("host", "device"), help="default: the run's, else host")
+    chat.add_argument("--weights", choices=("full", "8bit", "nf4", "int4"), help="default: the run's, else full")
 
     data = verbs.add_parser("data", help="look at a dataset").add_subparsers(dest="what", metavar="VERB", required=True)
     show = _verb(data, "show", _data_show, "print rendered rows with the trained tokens coloured", gin=True)
@@ -135,15 +136,16 @@ def _train(args) -> int:
 def _chat(args) -> int:
     from kjax import chat
     directory, adapter = args.model, args.adapter
-    dtype, experts = args.dtype or "bfloat16", args.experts or "host"
+    dtype, experts, weights = args.dtype or "bfloat16", args.experts or "host", args.weights or "full"
     if args.run_dir:
         if adapter:
             raise KjaxError("--adapter goes with --model: --run has its own")
         config, adapter = chat.run_settings(args.run_dir)
         directory = config.model.directory
         dtype, experts = args.dtype or config.model.dtype, args.experts or config.model.experts
+        weights = args.weights or config.model.weights
     from kjax.load import load
-    model = load(directory, adapter=adapter, dtype=dtype, experts=experts)
+    model = load(directory, adapter=adapter, dtype=dtype, experts=experts, weights=weights)
 
     def generate(messages, stream):
         return model.generate(messages, max_new_tokens=args.max_new_tokens, temperature=args.temperature,

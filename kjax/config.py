@@ -63,12 +63,17 @@ class Model(_Checked):
 
     dtype is the compute type of everything outside the routed experts; those follow their store (design: a bf16
     store multiplies bf16 operands with fp32 sums). `experts="device"` keeps them as JAX arrays: small models only.
+
+    weights is how the linear layers outside the routed experts lie on the device: "full", in dtype; "8bit", FP8 with
+    the bytes and scales of a checkpoint that is FP8, else INT8; "nf4" (QLoRA) or "int4". Except for "full" the output
+    head has 8 bits and the embedding table stays in main memory (docs/low-bit.md).
     """
 
     directory: str
     adapter: str | None = None  # a PEFT adapter to continue from
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     experts: Literal["host", "device"] = "host"
+    weights: Literal["full", "8bit", "nf4", "int4"] = "full"
     transport: Literal["auto", "ffi", "pure_callback"] = "auto"
     storage: Literal["auto", "mapped", "resident"] = "auto"  # of routed experts on the host, see docs/storage.md
     stash_gb: float | None = None  # host memory for kept activations; None: a quarter of what is free

@@ -52,7 +52,8 @@ class Fit:
 
     def __init__(self, prepared: job.Job, directory: RunDirectory, params: dict, store: ExpertStore | None,
                  console: Console):
-        self.job, self.directory, self.params, self.store = prepared, directory, params, store
+        self.job, self.directory, self.store = prepared, directory, store
+        self.params, self.table = models.take_table(params)
         self.console, self.settings, self.total = console, prepared.config.train, prepared.total_steps
         self.schedule = optimizers.schedule(prepared.config.optimizer, self.total)
         self.evaluation = None if prepared.evaluation is None else Batches(
@@ -136,7 +137,7 @@ class Fit:
 
     def _step(self) -> None:
         number = self.done + 1
-        batch = self.job.batches.batch(self.done)
+        batch = self._inputs(self.job.batches.batch(self.done))
         self._begin(f"compiling for step {number}/{self.total}")
         self.train_step.prepare(self.state, self.params, batch)
         if self._stopping():
@@ -162,6 +163,7 @@ class Fit:
         """The loss over every evaluation example; given up when a signal asks to stop."""
         total = count = 0.0
         for number, batch in enumerate(self.evaluation, start=1):
+            batch = self._inputs(batch)
             self._begin(f"evaluating {number}/{len(self.evaluation)}")
             self.eval_step.prepare(self.state.lora, self.params, batch)
             if self._stopping():
@@ -172,6 +174,9 @@ class Fit:
         self.log.evaluation(self.done, loss=loss, epoch=self.done / len(self.job.batches),
                             elapsed=time.monotonic() - self.started)
         self.progress.say(f"evaluation loss after {self.done} steps: {loss:.4f}")
+
+    def _inputs(self, batch: dict) -> dict:
+        return batch if self.table is None else self.table.batch(batch)
 
     def _save(self) -> None:
         self._begin(f"saving step {self.done}")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kjax.errors import ConfigError, DataError, RunError
-from kjax.models import Cache, Transformer, unembed
+from kjax.models import Cache, HostTable, Transformer, unembed
 
 # Shapes are rounded up so that few are compiled: a prompt goes in by chunks of a power of two tokens, the last one
 # padded, and the cache has a power of two places, from LONG on a multiple of it.
@@ -51,13 +51,15 @@ def sample(logits, key, temperature, top_p):
 class Generator:
     """The compiled step of one model: consumes tokens, gives the next."""
 
-    def __init__(self, model: Transformer, vocabulary: int):
-        """vocabulary: ids from there on are never drawn; an embedding table may have more rows than there are."""
+    def __init__(self, model: Transformer, vocabulary: int, table: HostTable | None = None):
+        """vocabulary: ids from there on are never drawn; an embedding table may have more rows than there are.
+        table: the embedding where it is not among the parameters."""
         self.model, self.vocabulary = model, vocabulary
+        self._inputs = table.rows if table is not None else lambda tokens: tokens
         self._advance = jax.jit(self._step, donate_argnames="cache")
 
     def _step(self, variables, cache, tokens, count, key, temperature, top_p):
-        """tokens [1,T], the first `count` of them real -> the cache with those, the next token, logits are finite."""
+        """tokens [1,T] (or their rows [1,T,D]), the first `count` of them real -> the cache with those, the next token, logits are finite."""
         place, start = jnp.arange(tokens.shape[1]), cache.length
         segments = (place < count).astype(jnp.int32)[None]
         hidden, cache = self.model.apply(variables, tokens, (start + place)[None], segments, cache=cache)
@@ -94,7 +96,7 @@ class Generator:
         for count, padded in chunks(prompt.size):
             piece = np.zeros((1, padded), np.int32)
             piece[0, :count] = prompt[done : done + count]
-            cache, token, finite = self._advance(variables, cache, piece, np.int32(count),
+            cache, token, finite = self._advance(variables, cache, self._inputs(piece), np.int32(count),
                                                  jax.random.fold_in(key, 0), *draw)
             done += count
         for number in range(1, new + 1):
@@ -105,7 +107,7 @@ class Generator:
                 return
             yield int(token)
             if number < new:
-                cache, token, finite = self._advance(variables, cache, token.reshape(1, 1), np.int32(1),
+                cache, token, finite = self._advance(variables, cache, self._inputs(token.reshape(1, 1)), np.int32(1),
                                                      jax.random.fold_in(key, number), *draw)
 
 

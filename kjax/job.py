@@ -89,7 +89,7 @@ def rows(job: Job, directory: Path, isa: str, threads: int) -> list[tuple[str, s
         ("model", f"{job.config.model.directory}  {model.model_type}, {layers}, {experts}"),
         ("experts", where),
         *([("storage", str(job.storage))] if job.storage else []),
-        ("the rest", f"{job.config.model.dtype}, on the device"),
+        ("the rest", f"{_weights(job.config.model)}, on the device"),
         *([("adapter", f"goes on from {job.config.model.adapter}, with its targets and ranks")]
           if job.config.model.adapter is not None else []),
         ("data", _describe(job.train.report)),
@@ -105,6 +105,12 @@ def rows(job: Job, directory: Path, isa: str, threads: int) -> list[tuple[str, s
         ("writes to", str(directory)),
     ]
     return lines
+
+
+def _weights(settings) -> str:
+    if settings.weights == "full":
+        return settings.dtype
+    return f"linear layers {settings.weights}, computed in {settings.dtype}"
 
 
 def _describe(report: data.Report) -> str:

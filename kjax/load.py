@@ -15,8 +15,9 @@ from kjax.data.tokenizer import Tokenizer
 from kjax.errors import CheckpointError, ConfigError, DataError
 from kjax.generate import Generator, TextStream, check_tokens
 from kjax.lora import LoraSpec
-from kjax.models import ModelConfig, Transformer, abstract_params, linears, unembed
+from kjax.models import ModelConfig, Transformer, abstract_params, linears, take_table, unembed
 from kjax.offload.store import ExpertStore
+from kjax.weights import lowbit
 from kjax.weights.load import load_params, open_experts
 from kjax.weights.safetensors import Checkpoint
 
@@ -29,6 +30,7 @@ def load(
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     experts: Literal["host", "device"] = "host",
     *,
+    weights: Literal["full", "8bit", "nf4", "int4"] = "full",
     template: str | os.PathLike | None = None,
     transport: Literal["auto", "ffi", "pure_callback"] = "auto",
     storage: Literal["auto", "mapped", "resident"] = "auto",
@@ -46,6 +48,8 @@ def load(
       dtype: of everything outside the routed experts, and of the activations.
       experts: "host" leaves the routed experts in the mapped files and multiplies them on the CPU, in the dtype they
         are stored in (bf16, fp32, FP8 or INT4 with scales); "device" loads them as arrays, for small models.
+      weights: how the linear layers outside the routed experts lie on the device: "full", in dtype; "8bit" (FP8 where
+        the checkpoint is FP8, else INT8), "nf4" or "int4", dequantised layer by layer as they are used.
       template: a chat template, by packaged name or .jinja file; by default the adapter's if it has one, else the
         model's own.
       transport: how compiled functions reach the host; "auto" is right.
@@ -60,13 +64,15 @@ def load(
         raise ConfigError(f"dtype = {dtype!r}: expected 'bfloat16' or 'float32'")
     if experts not in ("host", "device"):
         raise ConfigError(f"experts = {experts!r}: expected 'host' or 'device'")
+    if weights not in lowbit.SETTINGS:
+        raise ConfigError(f"weights = {weights!r}: expected one of {', '.join(map(repr, lowbit.SETTINGS))}")
     env.check()
     with Checkpoint(directory) as checkpoint:
         config = ModelConfig.from_json(checkpoint.config_json)
         tokenizer = _tokenizer(checkpoint.directory, config, template or _template(adapter))
         base = adapters.identify(checkpoint)
         spec, lora = adapters.load(adapter, linears(config), base) if adapter is not None else (None, None)
-        params = load_params(checkpoint, config, abstract_params(config, dtype, experts), progress=progress)
+        params = load_params(checkpoint, config, abstract_params(config, dtype, experts), weights, progress=progress)
         store = open_experts(checkpoint, config, transport=transport, storage=storage, check=check,
                              progress=progress) if experts == "host" else None
     return Model(checkpoint.directory, config, dtype, params, store, tokenizer, spec, lora, base)
@@ -78,6 +84,7 @@ class Model:
     Attributes:
       directory, config (kjax.models.ModelConfig), dtype: what was loaded, and how.
       params: the frozen weights, as nested dicts of arrays stacked per layer.
+      table: the embedding table where it stays in main memory (kjax.models.HostTable); None: it is in params.
       lora, spec: the adapter's arrays (fp32) and where they attach; None without one.
       store: the routed experts on the host; None with experts="device".
       tokenizer: None where the directory has none.
@@ -86,7 +93,8 @@ class Model:
 
     def __init__(self, directory: Path, config: ModelConfig, dtype: str, params: dict, store: ExpertStore | None,
                  tokenizer: Tokenizer | None, spec: LoraSpec | None, lora: dict | None, base: adapters.Base):
-        self.directory, self.config, self.dtype, self.params, self.store = directory, config, dtype, params, store
+        self.directory, self.config, self.dtype, self.store = directory, config, dtype, store
+        self.params, self.table = take_table(params)
         self.tokenizer, self.spec, self.lora, self.base = tokenizer, spec, lora, base
         self.transformer = Transformer(config, lora=spec, dtype=jnp.dtype(dtype), store=store)
         self._generator = None
@@ -107,7 +115,8 @@ class Model:
             raise DataError(f"tokens {tokens.shape} {tokens.dtype}: expected whole numbers [B,T]")
         check_tokens(tokens, self.config.vocab_size)
         # Waiting keeps the mapped files open while they are read, even if the model is closed right after.
-        return self._logits(self.variables, tokens.astype(np.int32)).block_until_ready()
+        tokens = tokens.astype(np.int32) if self.table is None else self.table.rows(tokens)
+        return self._logits(self.variables, tokens).block_until_ready()
 
     def generate(
         self,
@@ -152,7 +161,7 @@ class Model:
         stop = self.tokenizer.eos_ids if self.tokenizer else ()
         if self._generator is None:
             vocabulary = self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
-            self._generator = Generator(self.transformer, vocabulary)
+            self._generator = Generator(self.transformer, vocabulary, self.table)
         return self._generator.tokens(self.variables, prompt, max_new_tokens, temperature=temperature, top_p=top_p,
                                       seed=seed, stop=stop)
 
@@ -173,8 +182,8 @@ class Model:
 
 
 def _logits(transformer: Transformer, variables: dict, tokens: jax.Array) -> jax.Array:
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden = transformer.apply(variables, tokens, positions, jnp.ones_like(tokens))
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
+    hidden = transformer.apply(variables, tokens, positions, jnp.ones_like(positions))
     return unembed(variables["params"], hidden)
 
 

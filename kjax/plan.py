@@ -200,10 +200,12 @@ def _trace(config: Config, model: models.ModelConfig, spec: lora.LoraSpec, linea
     store = _AbstractStore(model.hidden_size) if config.model.experts == "host" and model.num_moe_layers else None
     module = models.Transformer(model, lora=spec, dtype=dtype, store=store, micro_rows=settings.micro_rows)
     transform = optimizer.optimizer(config.optimizer, 1000)
-    params = models.abstract_params(model, dtype, config.model.experts)
+    params = models.abstract_params(model, dtype, config.model.experts, config.model.weights)
     state = jax.eval_shape(lambda tree: step.initial_state(tree, transform), lora.abstract(spec, linears))
     shape = (settings.rows_per_step, config.data.max_length)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets", "positions", "segments")}
+    if "embed_tokens" not in params:  # the table stays on the host, its rows are the batch
+        batch["tokens"] = jax.ShapeDtypeStruct((*shape, model.hidden_size), dtype)
     run = step.train_step(module, models.unembed, transform, chunk=settings.loss_chunk, seed=settings.seed,
                           dropout=config.lora.dropout > 0)
     jaxpr = jax.make_jaxpr(run)(state, params, batch)

@@ -69,7 +69,7 @@ def _compare(saved: dict, identity: checkpoint.Identity, console: Console, *, fo
 def _load(config: Config, prepared: job.Job) -> tuple[dict, ExpertStore | None]:
     with Checkpoint(config.model.directory) as files:
         abstract = models.abstract_params(prepared.model, config.model.dtype, config.model.experts)
-        params = load_params(files, prepared.model, abstract)
+        params = load_params(files, prepared.model, abstract, config.model.weights)
         store = None
         if config.model.experts == "host":
             store = open_experts(files, prepared.model, transport=config.model.transport,

@@ -14,6 +14,7 @@ from flax import struct
 from kjax.errors import ConfigError
 from kjax.lora import LoraSpec
 from kjax.models.config import ModelConfig
+from kjax.weights import lowbit
 
 INIT = nn.initializers.normal(0.02)  # of random models only: Hugging Face's initializer_range
 
@@ -41,7 +42,11 @@ class Parts(nn.Module):
 
 
 class Linear(nn.Module):
-    """Declares a projection [features_out, features_in]; its own path says whether it carries an adapter."""
+    """Declares a projection [features_out, features_in]; its own path says whether it carries an adapter.
+
+    Where the parameters hold the weight in few bits (kjax.weights.lowbit) it is dequantised here, once for the layer,
+    outside the micro-batches, and again in the backward pass: a rematerialised layer saves none of it.
+    """
 
     features_in: int
     features_out: int
@@ -52,7 +57,11 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self) -> Projection:
-        weight = self.param("weight", INIT, (self.features_out, self.features_in), self.dtype)
+        form = lowbit.find(self.variables.get("params", {}))
+        if form is None:
+            weight = self.param("weight", INIT, (self.features_out, self.features_in), self.dtype)
+        else:
+            weight = lowbit.dequantise(form, self.get_variable("params", form), self.features_in, self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features_out,), self.dtype) if self.bias else None
         path = "/".join(self.path)
         adapter = self.lora.get(path) if self.lora else None

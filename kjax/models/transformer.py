@@ -23,6 +23,7 @@ from kjax.models.moe import MoE, moe
 from kjax.models.rope import cos_sin
 from kjax.offload.experts import SAVED
 from kjax.offload.store import ExpertStore
+from kjax.weights import lowbit
 
 # Family.attention: the module, its arithmetic within rows and over a cache, and what a cache keeps of a token.
 ATTENTION = {"mla": (MLA, mla, mla_cached, mla_cache), "gqa": (GQA, gqa, gqa_cached, gqa_cache)}
@@ -125,7 +126,7 @@ class Transformer(nn.Module):
         """Hidden states after the final norm.
 
         Args:
-          tokens: [B,T] int32.  positions: [B,T] int32, restarting with each packed sequence.
+          tokens: [B,T] int32, or their rows [B,T,D] of a table on the host (kjax.models.table).  positions: [B,T] int32, restarting with each packed sequence.
           segments: [B,T] int32; a token sees earlier ones of its row and segment; 0 is padding.
           deterministic: False drops elements before lora_A (needs the "dropout" rng).
           cache: continue from these tokens instead of an empty row.
@@ -136,8 +137,11 @@ class Transformer(nn.Module):
         c = self.config
         cos, sin = cos_sin(c.rope, c.rope_width, positions)
         batch = Tokens(cos, sin, segments, jnp.arange(tokens.shape[0]))
-        # An id beyond the table gives NaN here; clamping would train on another token.
-        x = jnp.take(Embedding(c, self.dtype, name="embed_tokens")(), tokens, axis=0, mode="fill").astype(self.dtype)
+        x = tokens
+        if tokens.ndim == 2:
+            # An id beyond the table gives NaN here; clamping would train on another token.
+            x = jnp.take(Embedding(c, self.dtype, name="embed_tokens")(), tokens, axis=0, mode="fill")
+        x = x.astype(self.dtype)
 
         start, key_segments, caches = None, None, {}
         if cache is not None:
@@ -163,22 +167,36 @@ class Transformer(nn.Module):
         return x, Cache(layers, key_segments, start + tokens.shape[1])
 
 
+def head(params):
+    """The part of the parameters that makes logits: lm_head or, where that is tied, the embedding."""
+    name = "lm_head" if "lm_head" in params else "embed_tokens"
+    return {name: params[name]}
+
+
 def unembed(params, hidden):
-    """hidden [...,D] -> logits [...,V] fp32, by lm_head or, where that is tied, by the embedding."""
-    head = params["lm_head" if "lm_head" in params else "embed_tokens"]["weight"]
-    return jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    """hidden [...,D] -> logits [...,V] fp32; params: the whole tree, or its `head`."""
+    (found,) = head(params).values()
+    form = lowbit.find(found)
+    weight = (found["weight"].astype(hidden.dtype) if form is None else
+              lowbit.dequantise(form, found[form], hidden.shape[-1], hidden.dtype))
+    return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
 
 
-def abstract_params(config: ModelConfig, dtype, experts: str = "host") -> dict:
+def abstract_params(config: ModelConfig, dtype, experts: str = "host", weights: str = "full") -> dict:
     """The shapes of the params tree, as jax.ShapeDtypeStruct: read off the modules, nothing is allocated.
 
     Router leaves are fp32 whatever dtype says. experts: "host" leaves the routed ones out, "device" declares them.
+    weights: "full" gives the tree of whole weights, any other setting (kjax.weights.lowbit) what of it is on the
+    device: low-bit linear layers, and no embedding unless the output head is tied to it.
     """
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     model = Transformer(config, dtype=jnp.dtype(dtype))
     params = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens, tokens)["params"]
     if experts == "host" and "moe_layers" in params:
         del params["moe_layers"]["mlp"]["experts"]
+    params = lowbit.held(params, weights, config.quantization)
+    if lowbit.hosts_table(config, weights):
+        del params["embed_tokens"]
     return params
 
 

@@ -15,18 +15,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kjax import progress as bars
 from kjax.errors import CheckpointError
-from kjax.offload.formats import FORMATS, Quantised, decode
+from kjax.offload.formats import BAND, FORMATS, Quantised, decode
 from kjax.offload.storage import choose
 from kjax.offload.store import ExpertStore, size
+from kjax.weights import lowbit
 from kjax.weights.account import Source, account, expert_sources
 from kjax.weights.names import Place
 from kjax.weights.safetensors import DTYPES, ITEMSIZE, Checkpoint, TensorEntry, quote
 
-# Bytes read at a time, of quantised weights counted as fp32. WORKERS readers with one finished block each in hand,
-# every block once as stored and once as wanted (at most twice as large): 2 * 4 * 3 * 32 MiB = 0.75 GiB beside the
-# result.
+# Bytes read at a time, of quantised weights and of those that will be counted as fp32. WORKERS readers with one
+# finished block each in hand, every block once as stored and once as wanted (at most twice as large):
+# 2 * 4 * 3 * 32 MiB = 0.75 GiB beside the result.
 BLOCK = 32 << 20
 WORKERS = 4
+TABLE = "embed_tokens/weight"
 ALIGNMENT = 64  # bytes; a CPU array at such an address becomes a jax.Array without a copy
 
 # The bits of the exponent; all set means NaN or Inf.
@@ -34,30 +36,41 @@ _EXPONENT = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "f
 
 
 class _Block(NamedTuple):
-    """Rows start to stop of a weight on their way to a leaf."""
+    """Rows start to stop of a weight on their way to a leaf; form: the low-bit format they will be held in."""
 
     source: Source
     place: Place
     start: int
     stop: int
+    form: str | None
 
 
-def load_params(checkpoint: Checkpoint, config, abstract: Mapping, *, progress: bool = True) -> dict:
+def load_params(checkpoint: Checkpoint, config, abstract: Mapping, weights: str = "full", *,
+                progress: bool = True) -> dict:
     """The parameter tree that `abstract` (jax.ShapeDtypeStruct leaves) describes, filled from the checkpoint.
 
     config gives num_hidden_layers, num_moe_layers, n_routed_experts, hidden_size, moe_intermediate_size,
     tie_word_embeddings, model_type and quantization. bf16, f16 and f32 tensors are converted to the dtype of their
     leaf; quantised ones mean bf16 numbers, which are converted likewise. Raises CheckpointError naming all tensors
     that are missing, extra or do not fit before anything is read, and the first that holds NaN or Inf.
+
+    Args:
+      abstract: the whole tree, without low-bit weights.
+      weights: how linear layers are held, see kjax.weights.lowbit. Those that the checkpoint holds in that format keep
+        their bytes; the others are quantised block by block, and the embedding table stays in host memory, as a
+        numpy array.
     """
     wanted = account(checkpoint, config, abstract)
-    wanted.sort(key=lambda item: (str(_main(item[0]).path), _main(item[0]).begin))
-    blocks = [block for source, place in wanted for block in _blocks(source, place)]
-    shapes = flatten_dict(abstract, sep="/")
+    order = {tensor: number for number, tensor in enumerate(checkpoint.names())}
+    wanted.sort(key=lambda item: order[_main(item[0]).name])
+    blocks = [block for source, place in wanted
+              for block in _blocks(source, place, lowbit.of(place.leaf, weights, config.quantization))]
+    shapes = flatten_dict(lowbit.held(abstract, weights, config.quantization), sep="/")
+    host = {TABLE} if lowbit.hosts_table(config, weights) else set()
     total = sum(_main(source).end - _main(source).begin for source, _ in wanted)
     fill = _fill_host if jax.default_backend() == "cpu" else _fill_device
     with bars.bytes_bar("Loading weights", total, progress) as advance:
-        leaves = fill(checkpoint, blocks, shapes, advance)
+        leaves = fill(checkpoint, blocks, shapes, host, advance)
     return unflatten_dict(leaves, sep="/")
 
 
@@ -80,15 +93,17 @@ def _main(source: Source) -> TensorEntry:
     return source.codes if isinstance(source, Quantised) else source
 
 
-def _blocks(source: Source, place: Place) -> Iterator[_Block]:
+def _blocks(source: Source, place: Place, form: str | None) -> Iterator[_Block]:
     count = math.prod(source.shape)
     if not count:
         return
     rows = source.shape[0] if source.shape else 1
-    itemsize = 4 if isinstance(source, Quantised) else ITEMSIZE[source.dtype]
+    itemsize = 4 if form or isinstance(source, Quantised) else ITEMSIZE[source.dtype]
     step = max(1, BLOCK * rows // (count * itemsize))
+    if form:
+        step = max(BAND, step // BAND * BAND)
     for start in range(0, rows, step):
-        yield _Block(source, place, start, min(start + step, rows))
+        yield _Block(source, place, start, min(start + step, rows), form)
 
 
 def _rows(checkpoint: Checkpoint, entry: TensorEntry, start: int, stop: int, out: np.ndarray | None = None):
@@ -104,23 +119,55 @@ def _read(checkpoint: Checkpoint, block: _Block, out: np.ndarray):
     source, start, stop = block.source, block.start, block.stop
     entry = _main(source)
     if isinstance(source, Quantised):
-        height = FORMATS[source.format].block[0]
-        scales = _rows(checkpoint, source.scales, start // height, (stop - 1) // height + 1)
-        decode(source.format, _rows(checkpoint, entry, start, stop), scales, out, start)
+        decode(source.format, _rows(checkpoint, entry, start, stop), _scales(checkpoint, block), out, start)
     elif out.dtype == np.dtype(DTYPES[entry.dtype]):
         _rows(checkpoint, entry, start, stop, out)
     else:
         with np.errstate(over="ignore", invalid="ignore"):  # what becomes Inf is reported by name below
             out[...] = _rows(checkpoint, entry, start, stop).reshape(out.shape).astype(out.dtype)
     unsigned, exponent = _EXPONENT[out.dtype.name]
-    bad = (out.view(unsigned) & unsigned(exponent)) == exponent
+    _refuse(block, (out.view(unsigned) & unsigned(exponent)) == exponent, out.dtype.name)
+
+
+def _read_low_bit(checkpoint: Checkpoint, block: _Block) -> tuple[np.ndarray, np.ndarray]:
+    """(codes, scales) of a block: the checkpoint's own where it has them in this format."""
+    source = block.source
+    if not isinstance(source, Quantised) or source.format != block.form:
+        weight = np.empty((block.stop - block.start, *source.shape[1:]), np.float32)
+        _read(checkpoint, block, weight)
+        return lowbit.quantise(block.form, weight)
+    codes, scales = _rows(checkpoint, source.codes, block.start, block.stop), _scales(checkpoint, block)
+    # Only the FP8 formats are both of checkpoints and of the device. 0x7F and 0xFF are their NaN; no code exceeds 448.
+    _refuse(block, (codes.view(np.uint8) & 0x7F) == 0x7F, source.format)
+    with np.errstate(over="ignore"):
+        wrong = ~np.isfinite((scales * np.float32(lowbit.FP8_MAX)).astype(DTYPES["BF16"]).astype(np.float32))
+    if wrong.any():
+        raise CheckpointError(f"{source.scales.path}: tensor {quote(source.scales.name)} holds NaN or Inf, or numbers "
+                              "too large for a scale; the checkpoint is damaged, download this shard again")
+    return codes, scales
+
+
+def _scales(checkpoint: Checkpoint, block: _Block) -> np.ndarray:
+    height = FORMATS[block.source.format].block[0]
+    return _rows(checkpoint, block.source.scales, block.start // height, (block.stop - 1) // height + 1)
+
+
+def _refuse(block: _Block, bad: np.ndarray, dtype: str):
     if bad.any():
-        first = np.unravel_index(int(bad.argmax()), bad.shape)
+        entry, first = _main(block.source), np.unravel_index(int(bad.argmax()), bad.shape)
         place = [block.start + int(first[0]), *map(int, first[1:])]
         raise CheckpointError(
-            f"{entry.path}: tensor {quote(entry.name)} holds NaN or Inf (first at {place}, as {out.dtype.name}); "
+            f"{entry.path}: tensor {quote(entry.name)} holds NaN or Inf (first at {place}, as {dtype}); "
             "the checkpoint is damaged, download this shard again"
         )
+
+
+def _parts(checkpoint: Checkpoint, block: _Block) -> Iterator[tuple[str, int, np.ndarray]]:
+    """(leaf, first row, rows) of the codes and of the scales of a block that will be held in few bits."""
+    place = lowbit.name(block.place.leaf, block.form)
+    codes, scales = _read_low_bit(checkpoint, block)
+    yield f"{place}/codes", block.start, codes
+    yield f"{place}/scales", block.start // lowbit.FORMATS[block.form].block[0], scales
 
 
 def _in_order(work: Callable, items: Iterable) -> Iterator:
@@ -138,34 +185,45 @@ def _in_order(work: Callable, items: Iterable) -> Iterator:
                 future.cancel()
 
 
-def _fill_host(checkpoint, blocks, shapes, advance) -> dict[str, jax.Array]:
+def _fill_host(checkpoint, blocks, shapes, host, advance) -> dict:
     """On the CPU backend: blocks are read straight into the arrays that JAX then takes over without a copy."""
     arrays = {path: _aligned(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
 
     def work(block):
-        _read(checkpoint, block, arrays[block.place.leaf][block.place.index][block.start : block.stop])
+        if block.form is None:
+            _read(checkpoint, block, arrays[block.place.leaf][block.place.index][block.start : block.stop])
+        else:
+            for path, first, rows in _parts(checkpoint, block):
+                arrays[path][block.place.index][first : first + len(rows)] = rows
         return block
 
     for block in _in_order(work, blocks):
         advance(_size(block))
-    return {path: jax.device_put(arrays.pop(path)) for path in list(arrays)}
+    return {path: arrays.pop(path) if path in host else jax.device_put(arrays.pop(path)) for path in list(arrays)}
 
 
-def _fill_device(checkpoint, blocks, shapes, advance) -> dict[str, jax.Array]:
+def _fill_device(checkpoint, blocks, shapes, host, advance) -> dict:
     """On an accelerator: blocks are written into donated device buffers."""
-    arrays = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
+    arrays = {path: np.empty(leaf.shape, leaf.dtype) if path in host else jnp.zeros(leaf.shape, leaf.dtype)
+              for path, leaf in shapes.items()}
 
     def work(block):
-        out = np.empty((block.stop - block.start, *block.source.shape[1:]), shapes[block.place.leaf].dtype)
-        _read(checkpoint, block, out)
-        return block, out
-
-    for block, rows in _in_order(work, blocks):
         path, index = block.place.leaf, block.place.index
-        begin = (*index, block.start) + (0,) * (len(block.source.shape) - 1)
-        arrays[path] = _write(arrays[path], rows, np.asarray(begin, np.int32))
-        # Waiting bounds the host copies in flight; the readers go on meanwhile.
-        arrays[path].block_until_ready()
+        if path in host:
+            _read(checkpoint, block, arrays[path][index][block.start : block.stop])
+            return block, []
+        if block.form is not None:
+            return block, list(_parts(checkpoint, block))
+        out = np.empty((block.stop - block.start, *block.source.shape[1:]), shapes[path].dtype)
+        _read(checkpoint, block, out)
+        return block, [(path, block.start, out)]
+
+    for block, parts in _in_order(work, blocks):
+        for path, first, rows in parts:
+            begin = (*block.place.index, first) + (0,) * (rows.ndim - 1)
+            arrays[path] = _write(arrays[path], rows, np.asarray(begin, np.int32))
+            # Waiting bounds the host copies in flight; the readers go on meanwhile.
+            arrays[path].block_until_ready()
         advance(_size(block))
     return arrays
 

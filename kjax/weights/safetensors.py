@@ -7,6 +7,7 @@ library does not give; hence its own header parser. A checkpoint is untrusted: n
 import json
 import math
 import os
+import re
 import stat
 import struct
 import weakref
@@ -230,7 +231,7 @@ class Checkpoint:
 
     def _open_shards(self):
         weight_map = self._weight_map()
-        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+        names = sorted(set(weight_map.values()), key=_by_number) if weight_map is not None else [SINGLE]
         self.shards = paths = {name: inside(self.directory, name) for name in names}
         shard_of = {path: name for name, path in paths.items()}  # a hub cache resolves names to hashes
         missing = [name for name, path in paths.items() if not path.exists()]
@@ -352,6 +353,11 @@ class Checkpoint:
 def _close_all(handles: dict[Path, int]):
     while handles:
         os.close(handles.popitem()[1])
+
+
+def _by_number(name: str) -> str:
+    """Sorts model-2-of-61 before model-10-of-61."""
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(20), name)
 
 
 def _listed(names: list[str], limit: int = 20) -> str:
