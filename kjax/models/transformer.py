@@ -126,7 +126,8 @@ class Transformer(nn.Module):
         """Hidden states after the final norm.
 
         Args:
-          tokens: [B,T] int32, or their rows [B,T,D] of a table on the host (kjax.models.table).  positions: [B,T] int32, restarting with each packed sequence.
+          tokens: [B,T] int32, or their rows [B,T,D] of a table on the host (kjax.models.table).
+          positions: [B,T] int32, restarting with each packed sequence.
           segments: [B,T] int32; a token sees earlier ones of its row and segment; 0 is padding.
           deterministic: False drops elements before lora_A (needs the "dropout" rng).
           cache: continue from these tokens instead of an empty row.
