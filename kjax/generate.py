@@ -59,7 +59,8 @@ class Generator:
         self._advance = jax.jit(self._step, donate_argnames="cache")
 
     def _step(self, variables, cache, tokens, count, key, temperature, top_p):
-        """tokens [1,T] (or their rows [1,T,D]), the first `count` of them real -> the cache with those, the next token, logits are finite."""
+        """tokens [1,T] (or their rows [1,T,D]), the first `count` of them real -> the cache with those, the next token,
+        logits are finite."""
         place, start = jnp.arange(tokens.shape[1]), cache.length
         segments = (place < count).astype(jnp.int32)[None]
         hidden, cache = self.model.apply(variables, tokens, (start + place)[None], segments, cache=cache)

@@ -36,7 +36,7 @@ R1 = weights_cases.V3 | {
 
 
 def weight(shape=(150, 200), seed=0):
-    """Normal weights of rows of different size, with a block of zeros, one of numbers too small for a scale, outliers."""
+    """Normal weights of rows of different size, a block of zeros, one too small for a scale, outliers."""
     rng = np.random.default_rng(seed)
     w = (rng.standard_normal(shape) * np.exp(rng.standard_normal((shape[0], 1)))).astype(np.float32)
     w[3, :128] = 0
@@ -121,9 +121,9 @@ def quantised(params, weights, quantization=None):
         codes, scales = zip(*(lowbit.quantise(form, w) for w in stack), strict=True)
         dense = np.stack([device(form, c, s, leaf.shape[-1]) for c, s in zip(codes, scales, strict=True)])
         meant[path] = jnp.asarray(dense.reshape(leaf.shape))
-        low[f"{lowbit.name(path, form)}/codes"] = jnp.asarray(np.stack(codes).reshape(*leaf.shape[:-2], *codes[0].shape))
-        low[f"{lowbit.name(path, form)}/scales"] = jnp.asarray(
-            np.stack(scales).reshape(*leaf.shape[:-2], *scales[0].shape))
+        for part, arrays in (("codes", codes), ("scales", scales)):
+            stacked = np.stack(arrays).reshape(*leaf.shape[:-2], *arrays[0].shape)
+            low[f"{lowbit.name(path, form)}/{part}"] = jnp.asarray(stacked)
     return unflatten_dict(low, sep="/"), unflatten_dict(meant, sep="/")
 
 
@@ -263,7 +263,7 @@ def test_loading_in_blocks_on_either_path_gives_the_formats_bytes(tmp_path, monk
     with Checkpoint(directory) as checkpoint:
         quantization = ModelConfig.from_json(checkpoint.config_json).quantization
         stored = {name: checkpoint.read(name) for name in checkpoint.names()}
-    expected, meant = quantised(jax.tree.map(np.asarray, full), weights, quantization)
+    expected, _ = quantised(jax.tree.map(np.asarray, full), weights, quantization)
     monkeypatch.setattr(load, "BLOCK", 150 * 160 * 4)  # 128 rows at a time
     found = {}
     for backend in ("cpu", "gpu"):
@@ -276,7 +276,8 @@ def test_loading_in_blocks_on_either_path_gives_the_formats_bytes(tmp_path, monk
     if own in ("fp8_block", "fp8_channel"):
         name = "model.layers.1.self_attn.kv_a_proj_with_mqa"
         held = found["cpu"]["moe_layers"]["self_attn"]["kv_a_proj_with_mqa"][own]
-        np.testing.assert_array_equal(np.asarray(held["codes"][0]).view(np.uint8), stored[f"{name}.weight"].view(np.uint8))
+        np.testing.assert_array_equal(np.asarray(held["codes"][0]).view(np.uint8),
+                                      stored[f"{name}.weight"].view(np.uint8))
         np.testing.assert_array_equal(held["scales"][0], stored[
             f"{name}.weight_scale_inv" if own == "fp8_block" else f"{name}.weight_scale"])
         # So nothing is lost: dequantised, they are the weights of the full format.
@@ -286,7 +287,8 @@ def test_loading_in_blocks_on_either_path_gives_the_formats_bytes(tmp_path, monk
                 whole = flatten_dict(full, sep="/")[f"{path}weight"]
                 scales = flatten_dict(found["cpu"], sep="/")[f"{path}{own}/scales"]
                 for layer in range(len(whole)):
-                    np.testing.assert_array_equal(device(own, leaf[layer], scales[layer], whole.shape[-1]), whole[layer])
+                    meant = device(own, leaf[layer], scales[layer], whole.shape[-1])
+                    np.testing.assert_array_equal(meant, whole[layer])
     else:
         assert_same(found["cpu"], expected)
 

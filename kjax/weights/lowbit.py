@@ -118,9 +118,10 @@ def _values(form: str, codes):
 
 
 def quantise(form: str, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(codes, scales) as stored, of rows of a weight [n,I] fp32 that begin at a multiple of BAND. Finite in, finite out.
+    """(codes, scales) as stored, of rows of a weight [n,I] fp32 that begin at a multiple of BAND.
 
-    Deterministic: plain fp32 arithmetic, every number to the nearest value of its block's scale.
+    Finite numbers give finite ones. Deterministic: plain fp32 arithmetic, every number to the nearest value of its
+    block's scale.
     """
     made = FORMATS[form]
     codes = np.empty(made.shape(*weight.shape), DTYPES[made.dtype])
