@@ -84,10 +84,10 @@ class Generator:
         check_tokens(prompt, config.vocab_size)
         if not prompt.size:
             raise DataError("the prompt has no tokens")
-        room = config.max_position_embeddings - prompt.size
+        longest, key = config.longest_row
+        room = longest - prompt.size
         if room < 1:
-            raise DataError(f"the prompt has {prompt.size} tokens, the model reads max_position_embeddings = "
-                            f"{config.max_position_embeddings}; shorten it")
+            raise DataError(f"the prompt has {prompt.size} tokens, the model reads {key} = {longest}; shorten it")
         new = min(max_new_tokens, room)
 
         key = jax.random.key(seed)

@@ -51,6 +51,7 @@ def prepare(config: Config) -> Job:
     """Read the model's description, the tokenizer and the data of a run; raises the first thing that is wrong."""
     with Checkpoint(config.model.directory) as files:
         model = models.ModelConfig.from_json(files.config_json)
+        model.check_row(config.data.max_length, "Data.max_length")
         linears = models.linears(model)
         base = adapters.identify(files)
         entries = [files.entry(name) for name in files.names()]

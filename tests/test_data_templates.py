@@ -110,9 +110,11 @@ def test_chunks_change_nothing(toy, monkeypatch):
 
 
 def test_names(toy, tmp_path):
-    assert templates.packaged() == ["deepseek2", "deepseek3", "deepseekr1", "kimi_k2"]
-    assert Tokenizer.load(toy, "deepseek").template.name == "deepseek2"
-    with pytest.raises(DataError, match="packaged are deepseek2, deepseek3, deepseekr1, kimi_k2"):
+    assert templates.packaged() == sorted(templates._REQUIRED)
+    for alias, name in (("deepseek", "deepseek2"), ("moonlight", "kimi_k2"), ("kimi", "kimi_k2")):
+        assert Tokenizer.load(toy, alias).template.name == name
+    assert set(templates._ALIASES.values()) <= set(templates.packaged())
+    with pytest.raises(DataError, match="packaged are deepseek2, deepseek3, deepseek31, .*moonlight is kimi_k2"):
         Tokenizer.load(toy, "llama3")
     with pytest.raises(DataError, match="gone.jinja"):
         Tokenizer.load(toy, "gone.jinja")

@@ -2,6 +2,7 @@
 
 import functools
 
+import family_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,10 +168,11 @@ def test_some_linears_adapted_and_their_tree_missing(params):
         model.apply({"params": params}, *inputs)
 
 
-@pytest.mark.parametrize("case", ["v3", "v3_plain"])
-def test_generation_from_a_cache_equals_the_full_forward(case):
+@pytest.mark.parametrize("content", [CASES["v3"], CASES["v3_plain"], family_cases.content("glm4_moe qk_norm", 0),
+                                     family_cases.content("qwen3_moe", 0)], ids=["v3", "v3_plain", "glm", "qwen"])
+def test_generation_from_a_cache_equals_the_full_forward(content):
     """Rows of unequal length, padded on the left: five tokens, five more, then one at a time, which is absorbed."""
-    config = ModelConfig.from_json(CASES[case])
+    config = ModelConfig.from_json(content | {"vocab_size": CONFIG.vocab_size})
     params, (spec, tree) = random_params(config, 3), adapters(config)
     inputs, lengths = batch((12, 8), 12), (12, 8)
     apply, variables = jax.jit(Transformer(config, spec).apply), {"params": params, "lora": tree}

@@ -76,14 +76,18 @@ class Piece(NamedTuple):
 
 
 def render(tokenizer: "Tokenizer", conversations: Sequence[Sequence[Mapping[str, str]]], where: Sequence[str],
-           train: Train, add_generation_prompt: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids int32, trained bool) of each dialogue."""
+           train: Train, add_generation_prompt: bool, thinking: bool | None = None,
+           ) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids int32, trained bool) of each dialogue.  thinking: whether a new reply may reason; None: as the template
+    does unasked."""
     if tokenizer.template is None:
         raise DataError(f"{tokenizer.name} has no chat template; set data.template to a .jinja file or one of "
                         + ", ".join(templates.packaged()))
     sizes = [_check_messages(c, name) for c, name in zip(conversations, where, strict=True)]
     results = []
-    with templates.Renderer(tokenizer.template, tokenizer.variables) as renderer:
+    # Published templates ask for either.
+    asked = {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
+    with templates.Renderer(tokenizer.template, tokenizer.variables | asked) as renderer:
         for begin, end in _chunks(sizes):
             chunk = zip(conversations[begin:end], where[begin:end], strict=True)
             dialogues = [_dialogue(tokenizer, conversation, name, train) for conversation, name in chunk]
@@ -173,7 +177,9 @@ def _check_spans(tokenizer, dialogue: Dialogue, text: str) -> str:
     pieces, position = [], 0
     for reply, span in zip(dialogue.replies, spans, strict=True):
         content = dialogue.messages[reply]["content"].strip()
-        if reply in dialogue.trained and content not in span[1]:
+        # White space around reasoning is the template's affair, and so is a <think> that it writes as prompt.
+        whole = "".join(content.split()).removeprefix(_THINK[0])
+        if reply in dialogue.trained and whole not in "".join(span[1].split()):
             raise _dropped(tokenizer, dialogue, content)
         pieces += [text[position:span.start()], span[0] if reply in dialogue.trained else span[1]]
         position = span.end()

@@ -20,13 +20,24 @@ MEMORY = 1 << 30
 OUTPUT_CHARACTERS = 1 << 20  # beside 16 times the conversation's own length
 
 _DIRECTORY = Path(__file__).parent / "chat_templates"
-_ALIASES = {"deepseek": "deepseek2"}  # LLaMA-Factory's name for the DeepSeek-V2 dialogue
-# The special tokens without which a packaged template would come out as ordinary text.
+# Other names of a dialogue: LLaMA-Factory's, and those of models that share it.
+_ALIASES = {"deepseek": "deepseek2", "deepseek32": "deepseek31", "kimi": "kimi_k2", "moonlight": "kimi_k2",
+            "kimi_thinking": "kimi_k25", "kimi_k2_thinking": "kimi_k25", "glm4.5": "glm4_moe", "glm4.6": "glm4_moe"}
+_KIMI = ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>")
+_DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>")
+_THINK = ("<think>", "</think>")
+# The special tokens without which a packaged template would come out as ordinary text; of the templates that a
+# tokenizer has all tokens for, the first is suggested where the model's own loses text.
 _REQUIRED = {
-    "kimi_k2": ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"),
-    "deepseekr1": ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "<think>"),
-    "deepseek3": ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+    "kimi_k25": (*_KIMI, *_THINK),
+    "kimi_k2": _KIMI,
+    "deepseekr1": (*_DEEPSEEK, *_THINK),
+    "deepseek31": (*_DEEPSEEK, *_THINK),
+    "deepseek3": _DEEPSEEK,
     "deepseek2": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    "qwen3": ("<|im_start|>", "<|im_end|>", *_THINK),
+    "qwen3_nothink": ("<|im_start|>", "<|im_end|>"),
+    "glm4_moe": ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", *_THINK),
 }
 
 
@@ -49,7 +60,8 @@ def suggestion(specials: Mapping[str, int]) -> str | None:
 
 
 def find(name: str | None, directory: Path, settings: Mapping, specials: Mapping[str, int]) -> Template | None:
-    """A packaged name or a .jinja file; None: the model's own (chat_template.jinja, else tokenizer_config.json)."""
+    """A packaged name, another name of it, or a .jinja file; None: the model's own (chat_template.jinja, else
+    tokenizer_config.json)."""
     if name is None:
         path = directory / "chat_template.jinja"
         if path.is_file():
@@ -60,7 +72,8 @@ def find(name: str | None, directory: Path, settings: Mapping, specials: Mapping
     known = packaged()
     stem = _ALIASES.get(name, name)
     if stem not in known:
-        raise DataError(f"data.template = {name!r}: no .jinja file and not packaged; packaged are {', '.join(known)}")
+        raise DataError(f"data.template = {name!r}: no .jinja file and not packaged; packaged are {', '.join(known)} "
+                        f"({', '.join(f'{alias} is {stem}' for alias, stem in _ALIASES.items())})")
     if absent := [token for token in _REQUIRED[stem] if token not in specials]:
         raise DataError(f"data.template = {name!r}: the tokenizer in {directory} lacks its markers "
                         f"{', '.join(absent)}; this template belongs to another model")

@@ -115,11 +115,14 @@ class Tokenizer:
         return token in self._text_of
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False,
-               train: chat.Train = "assistant") -> tuple[np.ndarray, np.ndarray]:
-        """Ids [n] int32 and trained mask [n] bool of one dialogue; a prompt for a new reply trains nothing."""
+               train: chat.Train = "assistant", thinking: bool | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [n] int32 and trained mask [n] bool of one dialogue; a prompt for a new reply trains nothing.
+
+        thinking: whether the new reply may reason, where the template asks; None: as it does unasked.
+        """
         if add_generation_prompt:
             train = None
-        return chat.render(self, [messages], ["the messages"], train, add_generation_prompt)[0]
+        return chat.render(self, [messages], ["the messages"], train, add_generation_prompt, thinking)[0]
 
     def render_all(self, conversations: Sequence[Sequence[Mapping[str, str]]], where: Sequence[str],
                    train: chat.Train = "assistant") -> list[tuple[np.ndarray, np.ndarray]]:

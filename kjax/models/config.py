@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from kjax.errors import ConfigError
 from kjax.models import keys as config_json
 from kjax.models import quantization
 from kjax.models.families import FAMILIES, SCORES, Family
@@ -98,10 +99,17 @@ class ModelConfig:
 
     @property
     def longest_row(self) -> tuple[int, str]:
-        """The most tokens that may see each other, and the key of config.json that says so."""
+        """The most tokens that a sequence may have, and the key of config.json that says so."""
         if self.row_limit is not None and self.row_limit < self.max_position_embeddings:
             return self.row_limit, self.family.row_limit
         return self.max_position_embeddings, "max_position_embeddings"
+
+    def check_row(self, tokens: int, what: str):
+        """Refuses rows so long that this model's attention would become sparse; `what` is as long as `tokens`."""
+        if self.row_limit is not None and tokens > self.row_limit:
+            raise ConfigError(f"{what}: {tokens} tokens, but {self.model_type} rows of more than "
+                              f"{self.family.row_limit} = {self.row_limit} need sparse attention, which kjax does not "
+                              "have; make them shorter")
 
     @classmethod
     def from_json(cls, source: "str | Path | dict") -> "ModelConfig":

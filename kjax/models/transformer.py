@@ -136,6 +136,8 @@ class Transformer(nn.Module):
           hidden [B,T,D], and the cache with these tokens in it if one was given.
         """
         c = self.config
+        if cache is None:
+            c.check_row(tokens.shape[1], "the rows")
         cos, sin = cos_sin(c.rope, c.rope_width, positions)
         batch = Tokens(cos, sin, segments, jnp.arange(tokens.shape[0]))
         x = tokens
