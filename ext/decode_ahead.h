@@ -129,12 +129,13 @@ class PanelAhead {
   int64_t group_ = 0, line_ = 0, in_group_ = 0;
 };
 
-// What happens between tile products: bytes of later blocks are asked for, the next block is decoded.
+// What happens between tile products: bytes of later blocks are asked for, the next block is decoded. Not inlined, so
+// that the loops around the products stay small.
 template <class Ahead>
 struct Between {
   Prefetch prefetch;
   Ahead ahead;
-  inline __attribute__((always_inline)) void tick() {
+  __attribute__((noinline)) void tick() {
     prefetch.tick();
     ahead.tick();
   }
