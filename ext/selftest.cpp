@@ -2,6 +2,7 @@
 // Python: for machines and emulators where only a program can be taken. One line per case; exit status 1 if any is
 // wrong.
 //   cmake -S ext -B build -DKJAX_PYTHON=OFF [-DKJAX_STATIC=ON] && cmake --build build && build/kjax_selftest [isa...]
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -218,7 +219,15 @@ bool run_case(const std::string& isa, const Case& c, Format format, uint64_t see
 
 int main(int argc, char** argv) {
   bool good = true;
-  for (const auto& [isa, why_not] : available_isas(cpu_features())) {
+  const auto isas = available_isas(cpu_features());
+  for (int i = 1; i < argc; ++i) {
+    if (std::any_of(isas.begin(), isas.end(), [&](const auto& isa) { return isa.first == argv[i]; })) continue;
+    std::printf("%s is no instruction set of this program; it has", argv[i]);
+    for (const auto& [isa, why_not] : isas) std::printf(" %s", isa.c_str());
+    std::puts("");
+    return 2;
+  }
+  for (const auto& [isa, why_not] : isas) {
     bool asked = argc < 2;
     for (int i = 1; i < argc; ++i) asked |= isa == argv[i];
     if (!asked) continue;
