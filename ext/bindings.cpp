@@ -4,12 +4,17 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <memory>
 #include <set>
 #include <stdexcept>
+#include <tuple>
+#include <vector>
 
+#include "adapters.h"
 #include "decode_cost.h"
 #include "dispatch.h"
 #include "experts.h"
@@ -28,6 +33,7 @@ namespace kjax {
 namespace {
 
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;
+using Writable = nb::ndarray<nb::device::cpu>;
 
 // The array's memory after checking its type, shape (-1: any) and contiguity.
 template <class T>
@@ -102,8 +108,48 @@ Call make_call(int64_t store, int64_t layer, const Array& x, const Array& idx, c
           data<float>("gate", gate, {tokens, per_token})};
 }
 
-nb::object forward(int64_t store, int64_t layer, const Array& x, const Array& idx, const Array& gate, bool keep) {
-  const Call call = make_call(store, layer, x, idx, gate);
+// The adapters of a call: (factors per projection, None or (lora_A, lora_B); scales; dropout; seed or None; the handle of
+// adapters on the host or -1), or None.
+struct Operands {
+  Adapters adapters;
+  std::shared_ptr<HostAdapters> host;
+  std::vector<Array> held;  // the factors
+
+  Operands(const Call& call, nb::handle given) {
+    if (given.is_none()) return;
+    const std::shared_ptr<const Store> store = find_store(call.store);
+    const auto [factors, scales, dropout, seed, handle] =
+        nb::cast<std::tuple<nb::list, std::vector<float>, double, nb::object, int64_t>>(given);
+    if (nb::len(factors) != kProjections || scales.size() != kProjections)
+      throw std::invalid_argument("adapters: expected factors and scales of three projections");
+    if (handle >= 0) {
+      host = find_host_adapters(handle);
+      adapters = host->of_layer(*store, call.layer);
+    }
+    for (int p = 0; p < kProjections; ++p) {
+      Factors& f = adapters.of[p];
+      f.scale = scales[p];
+      if (handle >= 0 || factors[p].is_none()) continue;
+      const auto [a, b] = nb::cast<std::pair<Array, Array>>(factors[p]);
+      const int64_t in = p == kDown ? store->hidden : store->width, out = p == kDown ? store->width : store->hidden;
+      f.a = data<float>("lora_A", a, {store->experts, -1, in});
+      f.rank = static_cast<int64_t>(a.shape(1));
+      if (f.rank < 1) throw std::invalid_argument("lora_A has rank 0");
+      f.b = data<float>("lora_B", b, {store->experts, out, f.rank});
+      held.insert(held.end(), {a, b});
+    }
+    if (dropout > 0) {
+      adapters.dropout = dropout;
+      std::copy_n(data<uint32_t>("seed", nb::cast<Array>(seed), {2}), 2, adapters.seed);
+    }
+  }
+};
+
+nb::object forward(int64_t store, int64_t layer, const Array& x, const Array& idx, const Array& gate, bool keep,
+                   nb::object adapters) {
+  Call call = make_call(store, layer, x, idx, gate);
+  const Operands operands(call, adapters);
+  call.adapters = &operands.adapters;
   const Fresh y = fresh(dtype_of(call.dtype), {x.shape(0), x.shape(1)});
   int32_t slip;
   {
@@ -114,16 +160,37 @@ nb::object forward(int64_t store, int64_t layer, const Array& x, const Array& id
 }
 
 nb::object backward(int64_t store, int64_t layer, int32_t slip, const Array& x, const Array& idx, const Array& gate,
-                    const Array& dy) {
-  const Call call = make_call(store, layer, x, idx, gate);
+                    const Array& dy, nb::object adapters) {
+  Call call = make_call(store, layer, x, idx, gate);
+  const Operands operands(call, adapters);
+  call.adapters = &operands.adapters;
   const void* const cotangent = numbers("dy", dy, call.dtype, {call.tokens, call.width});
   const Fresh dx = fresh(dtype_of(call.dtype), {x.shape(0), x.shape(1)});
   const Fresh dgate = fresh(nb::dtype<float>(), {idx.shape(0), idx.shape(1)});
+  nb::list more;
+  AdapterGradients gradients;
+  double before = 0;
+  if (operands.host) {
+    gradients = operands.host->gradients_of_layer(call.layer);
+    before = *gradients.squares;
+  } else {
+    size_t next = 0;
+    for (int p = 0; p < kProjections; ++p)
+      if (operands.adapters.of[p].rank)
+        for (float** const at : {&gradients.a[p], &gradients.b[p]}) {
+          const Array& like = operands.held[next++];
+          const Fresh made = fresh(nb::dtype<float>(), {like.shape(0), like.shape(1), like.shape(2)});
+          *at = static_cast<float*>(made.data);
+          std::fill_n(*at, like.size(), 0.0f);
+          more.append(made.array);
+        }
+  }
   {
     nb::gil_scoped_release release;
-    experts_backward(call, slip, cotangent, dx.data, static_cast<float*>(dgate.data));
+    experts_backward(call, slip, cotangent, dx.data, static_cast<float*>(dgate.data), gradients);
   }
-  return nb::make_tuple(dx.array, dgate.array);
+  if (operands.host) more.append(nb::float_(*gradients.squares - before));
+  return nb::make_tuple(dx.array, dgate.array, more);
 }
 
 thread_local bool holds_gil = false;  // set where a store's Python objects may be let go of at once
@@ -239,6 +306,60 @@ class Handle {
   int id_ = -1;
 };
 
+// Python's side of adapters that stay on the host.
+class HostHandle {
+ public:
+  HostHandle(int layers, int experts, int64_t width, int64_t hidden)
+      : layers_(layers), experts_(experts), width_(width), hidden_(hidden), id_(open_host_adapters()) {}
+  ~HostHandle() { close(); }
+  HostHandle(const HostHandle&) = delete;
+
+  int id() const { return id_; }
+  void close() {
+    holds_gil = true;
+    close_host_adapters(id_);
+    holds_gil = false;
+  }
+  void release() { rebind(nullptr); }
+
+  // arrays: per projection None or (lora_A [L, E, R, in], lora_B [L, E, out, R], and their gradients, writable).
+  void bind(nb::list arrays) {
+    if (nb::len(arrays) != kProjections) throw std::invalid_argument("expected the arrays of three projections");
+    auto made = std::make_shared<HostAdapters>();
+    made->layers = layers_;
+    made->experts = experts_;
+    made->width = width_;
+    made->hidden = hidden_;
+    made->squares.assign(layers_, 0.0);
+    for (int p = 0; p < kProjections; ++p) {
+      if (arrays[p].is_none()) continue;
+      const auto [a, b, da, db] = nb::cast<std::tuple<Array, Array, std::optional<Writable>, std::optional<Writable>>>(arrays[p]);
+      const int64_t in = p == kDown ? hidden_ : width_, out = p == kDown ? width_ : hidden_;
+      Factors& f = made->first[p];
+      f.a = data<float>("lora_A", a, {layers_, experts_, -1, in});
+      f.rank = static_cast<int64_t>(a.shape(2));
+      if (f.rank < 1) throw std::invalid_argument("lora_A has rank 0");
+      f.b = data<float>("lora_B", b, {layers_, experts_, out, f.rank});
+      if (!da || !db) continue;
+      made->gradients.a[p] = const_cast<float*>(data<float>("dA", Array(*da), {layers_, experts_, f.rank, in}));
+      made->gradients.b[p] = const_cast<float*>(data<float>("dB", Array(*db), {layers_, experts_, out, f.rank}));
+    }
+    made->kept = std::shared_ptr<PyObject>(arrays.inc_ref().ptr(), release_object);
+    rebind(std::move(made));
+  }
+
+ private:
+  void rebind(std::shared_ptr<HostAdapters> adapters) {
+    holds_gil = true;
+    bind_host_adapters(id_, std::move(adapters));
+    holds_gil = false;
+  }
+
+  const int layers_, experts_;
+  const int64_t width_, hidden_;
+  const int id_;
+};
+
 nb::dict isa() {
   const Chosen& now = chosen();
   nb::dict available, out;
@@ -307,11 +428,23 @@ NB_MODULE(_ext, m) {
       .def("close", &Handle::close)
       .def_prop_ro("id", &Handle::id);
 
+  nb::class_<HostHandle>(m, "HostAdapters", "Adapters of all routed experts that stay on the host.")
+      .def(nb::init<int, int, int64_t, int64_t>(), nb::arg("layers"), nb::arg("experts"), nb::arg("width"),
+           nb::arg("hidden"))
+      .def("bind", &HostHandle::bind, nb::arg("arrays"),
+           "Per projection None or (lora_A [L, E, R, in], lora_B [L, E, out, R], dA or None, dB or None), float32: read, "
+           "and added to, "
+           "in place until release.")
+      .def("release", &HostHandle::release)
+      .def("close", &HostHandle::close)
+      .def_prop_ro("id", &HostHandle::id);
+
   m.def("forward", &forward, nb::arg("store"), nb::arg("layer"), nb::arg("x"), nb::arg("idx"), nb::arg("gate"),
-        nb::arg("keep"),
+        nb::arg("keep"), nb::arg("adapters").none() = nb::none(),
         "x [N, D], idx int32 [N, K] (-1: none), gate float32 [N, K] -> (y [N, D], slip; 0 without keep).");
   m.def("backward", &backward, nb::arg("store"), nb::arg("layer"), nb::arg("slip"), nb::arg("x"), nb::arg("idx"),
-        nb::arg("gate"), nb::arg("dy"), "-> (dx [N, D], dgate float32 [N, K]).");
+        nb::arg("gate"), nb::arg("dy"), nb::arg("adapters").none() = nb::none(),
+        "-> (dx [N, D], dgate float32 [N, K], [dA, dB, ...] or [growth of the squares]).");
   m.def("stash_budget", &set_stash_budget, nb::arg("bytes").none() = nb::none(),
         "The stash's limit in bytes, after setting it if given.");
   m.def("stash_stats", [] {

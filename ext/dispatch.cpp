@@ -79,12 +79,15 @@ std::string why_not(const Isa& isa, const std::set<std::string>& features) {
 }
 
 Kernels assemble(const std::string& name) {
-  Kernels kernels{name, {}, nullptr};
+  Kernels kernels{name, {}, nullptr, nullptr};
   bool reached = false;
   for (const Isa& isa : isas()) {
     reached |= name == isa.name;
     if (!reached || (isa.only_asked_for && name != isa.name)) continue;
-    if (isa.floats && !kernels.elementwise) kernels.elementwise = &isa.floats->elementwise;
+    if (isa.floats && !kernels.elementwise) {
+      kernels.elementwise = &isa.floats->elementwise;
+      kernels.low_rank = &isa.floats->low_rank;
+    }
     for (const Gemm* gemm : {isa.bf16, isa.floats ? &isa.floats->gemm : nullptr})
       for (int format = 0; gemm && format < kFormats; ++format)
         if (!kernels.gemm[format] && gemm->along[format]) kernels.gemm[format] = gemm;

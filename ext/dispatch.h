@@ -13,6 +13,7 @@ struct Kernels {
   std::string name;
   const Gemm* gemm[kFormats];  // the best this ISA or a lower one has for the format
   const Elementwise* elementwise;
+  const LowRank* low_rank;
 };
 
 // What the CPU and the operating system together let this process use, by the names of /proc/cpuinfo.

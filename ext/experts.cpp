@@ -2,8 +2,10 @@
 #include "experts.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <stdexcept>
+#include <vector>
 
 #include "dispatch.h"
 #include "pass.h"
@@ -52,12 +54,43 @@ class Clock {
 StashKey key_of(const Call& call, const Store& store, const Routing& routing) {
   return {store.id,         static_cast<int>(call.layer),
           call.tokens,      call.per_token,
-          routing.routes(), hash_idx(call.idx, call.tokens * call.per_token)};
+          routing.routes(), call.adapters ? call.adapters->rank() : 0,
+          hash_idx(call.idx, call.tokens * call.per_token)};
 }
 
-size_t kept_bytes(const Store& store, const Routing& routing) {
+size_t kept_bytes(const Call& call, const Store& store, const Routing& routing) {
+  const size_t low = call.adapters ? static_cast<size_t>(routing.routes() * call.adapters->rank()) * sizeof(float) : 0;
   return 2 * static_cast<size_t>(routing.routes() * store.hidden) *
-         size_of(kOperandType[static_cast<int>(store.format)]);
+             size_of(kOperandType[static_cast<int>(store.format)]) +
+         low;
+}
+
+// The sum of the squares of all gradients of the layer: per expert on any thread, then in the order of experts.
+double squares(Turn& turn, const Call& call, const Store& store, const AdapterGradients& gradients) {
+  std::vector<double> sums(store.experts);
+  std::atomic<int> next{0};
+  auto job = [&](Worker& worker) {
+    for (int e; (e = next.fetch_add(1)) < store.experts;) {
+      worker.check();
+      double lanes[8] = {};
+      for (int p = 0; p < kProjections; ++p) {
+        const int64_t rank = call.adapters->of[p].rank;
+        const int64_t in = p == kDown ? store.hidden : store.width, out = p == kDown ? store.width : store.hidden;
+        const struct {
+          const float* numbers;
+          int64_t n;
+        } parts[] = {{gradients.a[p] + e * rank * in, rank * in}, {gradients.b[p] + e * rank * out, rank * out}};
+        for (const auto& part : parts)
+          for (int64_t i = 0; rank && i < part.n; ++i)
+            lanes[i % 8] += static_cast<double>(part.numbers[i]) * part.numbers[i];
+      }
+      for (double lane : lanes) sums[e] += lane;
+    }
+  };
+  turn.run(job);
+  double total = 0;
+  for (double sum : sums) total += sum;
+  return total;
 }
 
 }  // namespace
@@ -78,7 +111,7 @@ int32_t experts_forward(const Call& call, bool keep, void* y) {
   store->stats.tokens += space.routing.tokens;
   store->stats.routes += space.routing.routes();
   std::optional<Activations> kept;
-  if (keep) kept = stash_room(kept_bytes(*store, space.routing));
+  if (keep) kept = stash_room(kept_bytes(call, *store, space.routing));
   if (space.routing.segments.empty()) {
     std::fill_n(static_cast<std::byte*>(y), static_cast<size_t>(call.tokens * call.width) * size_of(call.dtype),
                 std::byte{0});
@@ -91,7 +124,8 @@ int32_t experts_forward(const Call& call, bool keep, void* y) {
   return slip;
 }
 
-void experts_backward(const Call& call, int32_t slip, const void* dy, void* dx, float* dgate) {
+void experts_backward(const Call& call, int32_t slip, const void* dy, void* dx, float* dgate,
+                      const AdapterGradients& gradients) {
   const std::shared_ptr<const Store> store = open(call);
   const Kernels& kernels = *chosen().kernels;
   Turn turn;
@@ -106,10 +140,12 @@ void experts_backward(const Call& call, int32_t slip, const void* dy, void* dx, 
     std::fill_n(static_cast<std::byte*>(dx), static_cast<size_t>(call.tokens * call.width) * size_of(call.dtype),
                 std::byte{0});
     std::fill_n(dgate, call.tokens * call.per_token, 0.0f);
-    return;
+    return;  // and the gradients of the adapters stay as they are
   }
-  backward_pass(call, *store, kernels, space, turn, kept ? kept->memory.data() : nullptr, dy, dx, dgate);
+  backward_pass(call, *store, kernels, space, turn, kept ? kept->memory.data() : nullptr, dy, dx, dgate,
+                gradients);
   if (kept) stash_recycle(std::move(*kept));
+  if (gradients.squares) *gradients.squares = squares(turn, call, *store, gradients);
 }
 
 }  // namespace kjax

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "adapters.h"
 #include "kernels.h"
 
 namespace kjax {
@@ -15,14 +16,17 @@ struct Call {
   const void* x;
   const int32_t* idx;
   const float* gate;
+  const Adapters* adapters = nullptr;  // of the layer's experts, or null
 };
 
-// y[t] = sum_k gate[t, k] * W_down (silu(W_gate x[t]) * (W_up x[t])), experts idx[t, k].
+// y[t] = sum_k gate[t, k] * W_down (silu(W_gate x[t]) * (W_up x[t])), experts idx[t, k], adapters on each W.
 // With keep, returns the slip under which gate and up activations wait for the backward call; otherwise 0.
 int32_t experts_forward(const Call& call, bool keep, void* y);
 
-// dx and dgate for dy. A slip that finds nothing costs a recomputation from x, to the same bits.
-void experts_backward(const Call& call, int32_t slip, const void* dy, void* dx, float* dgate);
+// dx and dgate for dy; the gradients of the adapters are added to. A slip that finds nothing costs a recomputation from
+// x, to the same bits.
+void experts_backward(const Call& call, int32_t slip, const void* dy, void* dx, float* dgate,
+                      const AdapterGradients& gradients = {});
 
 // Gives back the memory that calls keep for the next one, unless one is running.
 void release_workspace();

@@ -18,6 +18,9 @@ class Forward : Pass {
 
   void operator()(Turn& turn, std::byte* kept, void* y) const {
     std::byte* const u = kept ? kept + static_cast<size_t>(routing.routes() * hidden) * size_of(type) : nullptr;
+    if (!kept) space.low.grow(static_cast<size_t>(routing.routes() * adapters.columns) * sizeof(float));
+    float* const low = reinterpret_cast<float*>(
+        kept ? kept + 2 * static_cast<size_t>(routing.routes() * hidden) * size_of(type) : space.low.data());
     const int64_t up_to_gather = gathers, up_to_gate_up = up_to_gather + segments * hidden_strips;
     const auto segment_of = [&](int64_t t) {
       return t < up_to_gather    ? routing.pieces[t].segment
@@ -25,14 +28,13 @@ class Forward : Pass {
                                  : (t - up_to_gate_up) / width_strips;
     };
     sequence(turn, up_to_gate_up + segments * width_strips, segment_of, [&](Worker& worker, int64_t t, int64_t after) {
-      if (t < up_to_gather) return gather(worker, call.x, space.rows, t, true);
+      if (t < up_to_gather) return gather_x(worker, space.rows, t, low);
       const Strip next = first_strip(after - up_to_gather);
       if (t < up_to_gate_up) {
         const int64_t segment = (t - up_to_gather) / hidden_strips, block = (t - up_to_gather) % hidden_strips;
-        gate_up(worker, segment, block, next, space.rows, kept, u, hidden, false, &space.more_rows);
-        ready[segment].fetch_add(1, std::memory_order_release);
+        gate_up(worker, segment, block, next, space.rows, kept, u, hidden, false, &space.more_rows, low);
       } else {
-        down(worker, (t - up_to_gate_up) / width_strips, (t - up_to_gate_up) % width_strips, next, y);
+        down(worker, (t - up_to_gate_up) / width_strips, (t - up_to_gate_up) % width_strips, next, low, y);
       }
     });
   }
@@ -49,7 +51,8 @@ class Forward : Pass {
     return {};
   }
 
-  void down(const Worker& worker, int64_t segment, int64_t block, const Strip& next, void* y) const {
+  void down(const Worker& worker, int64_t segment, int64_t block, const Strip& next, const float* low,
+            void* y) const {
     const Segment& s = routing.segments[segment];
     worker.wait_for(ready[segment], static_cast<int32_t>(hidden_strips));
     const Strip w = strip(matrix(segment, kDown), width, block, gemm.along_width);
@@ -57,6 +60,7 @@ class Forward : Pass {
     float* const c = results(worker, 0);
     multiply_along(
         {row(space.more_rows, s.slot, length), length, s.rows, w, next, c, ldc, false, worker.scratch.data()});
+    if (adapters.any()) adapters.add_b(room(worker), s, kDown, w.first, w.count, low, c, ldc);
     hand_off(worker, turns[block], segment, w.first, w.count, c, ldc, call.gate, y);
   }
 

@@ -53,12 +53,14 @@ inline V load_e4m3(const uint8_t* p) {
 #include "decode_f32.h"
 #include "prefetch.h"
 #include "elementwise.h"
+#include "lowrank.h"
 #include "gemm_f32.h"
 
 }  // namespace
 
 const FloatKernels kAvx512Kernels = {
     {"avx512", kWidth, kWidth, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, 0, nullptr, nullptr},
-    {convert, swiglu, swiglu_backward, add_scaled}};
+    {convert, swiglu, swiglu_backward, add_scaled},
+    {dots, expand, outer, transpose_into, drop}};
 
 }  // namespace kjax

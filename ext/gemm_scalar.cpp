@@ -121,12 +121,14 @@ inline void store_bf16(uint16_t* p, V v) { store_bf16_n(p, v, kLanes); }
 #include "decode_f32.h"
 #include "prefetch.h"
 #include "elementwise.h"
+#include "lowrank.h"
 #include "gemm_f32.h"
 
 }  // namespace
 
 const FloatKernels kScalarKernels = {
     {"scalar", kWidth, kWidth, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, 0, nullptr, nullptr},
-    {convert, swiglu, swiglu_backward, add_scaled}};
+    {convert, swiglu, swiglu_backward, add_scaled},
+    {dots, expand, outer, transpose_into, drop}};
 
 }  // namespace kjax

@@ -98,10 +98,29 @@ struct Elementwise {
   void (*add_scaled)(float scale, const float* from, float* to, int64_t n);
 };
 
+// Adapters' products, all in fp32.
+struct LowRank {
+  // t[m, r] (+)= scale * sum_k x[m, k] w[r, k]
+  void (*dots)(const float* x, int64_t ldx, int64_t rows, const float* w, int64_t ldw, int64_t rank, int64_t depth,
+               float scale, float* t, int64_t ldt, bool add);
+  // c[m, j] += sum_r t[m, r] w[r, j], j < n
+  void (*expand)(const float* t, int64_t ldt, int64_t rows, int64_t rank, const float* w, int64_t ldw, int64_t n,
+                 float* c, int64_t ldc);
+  // w[r, j] += sum_m t[m, r] x[m, j], j < n
+  void (*outer)(const float* t, int64_t ldt, int64_t rows, int64_t rank, const float* x, int64_t ldx, int64_t n,
+                float* w, int64_t ldw);
+  // to[c, r] (+)= from[r, c]
+  void (*transpose)(const float* from, int64_t ldf, int64_t rows, int64_t cols, float* to, int64_t ldt, bool add);
+  // Zeroes those of elements [first, first + n) of a route's input that its adapter's dropout takes away.
+  void (*drop)(float* x, int64_t first, int64_t n, const uint32_t* seed, uint32_t projection, uint32_t route,
+               uint32_t threshold);
+};
+
 // The tables, one per kernel file; those a compiler or CPU architecture cannot build are absent.
 struct FloatKernels {
   Gemm gemm;
   Elementwise elementwise;
+  LowRank low_rank;
 };
 extern const FloatKernels kScalarKernels;
 extern const FloatKernels kAvx2Kernels;

@@ -5,6 +5,7 @@
 #pragma once
 #include <algorithm>
 
+#include "adapter_pass.h"
 #include "dispatch.h"
 #include "experts.h"
 #include "numa.h"
@@ -30,6 +31,7 @@ class Pass {
         hidden(store.hidden),
         segments(static_cast<int64_t>(space.routing.segments.size())),
         gathers(static_cast<int64_t>(space.routing.pieces.size())),
+        adapters(call, store, kernels, space.routing),
         gathered(space.gathered.reset(segments)),
         ready(space.ready.reset(segments)) {}
 
@@ -48,7 +50,10 @@ class Pass {
   bool takes_packed(const Segment& s) const { return gemm.pack && s.rows >= gemm.packed_from; }
 
   // Copies the token rows of one piece together, rounded to the operand type, and packs them where `along` wants that.
-  void gather(const Worker& worker, const void* from, const Memory& rows, int64_t task, bool for_along) const {
+  // then(expert, first route, rows, operand rows, their length) runs while they are in the cache.
+  template <class Then>
+  void gather(const Worker& worker, const void* from, const Memory& rows, int64_t task, bool for_along,
+              Then then) const {
     const Piece& piece = routing.pieces[task];
     const Segment& s = routing.segments[piece.segment];
     if (piece.row == 0) store.read_ahead(static_cast<int>(call.layer), s.expert);
@@ -59,6 +64,7 @@ class Pass {
       elementwise.convert(static_cast<const std::byte*>(from) +
                               static_cast<size_t>(routing.token[s.first + piece.row + r] * width) * size_of(call.dtype),
                           call.dtype, to + r * length * size_of(type), type, width, length - width);
+    then(s.expert, s.first + piece.row, piece.rows, to, length);
     if (packed) gemm.pack(to, length, piece.rows, piece.row, s.rows, 0, width, row(rows, s.slot, length), length);
     gathered[piece.segment].fetch_add(static_cast<int32_t>(piece.rows), std::memory_order_release);
   }
@@ -70,15 +76,27 @@ class Pass {
   static constexpr int64_t kWidest = 4 * kLine;
   // Rows on their way into the packed layout: a piece of x, or h of one strip.
   static size_t staging_offset() { return kScratch + 2 * sizeof(float) * kMaxRows * kWidest; }
-  size_t worker_bytes() const {
-    return staging_offset() +
-           std::max(kRowTile * row_length(width), kMaxRows * row_length(gemm.along_width)) * size_of(type);
+  size_t adapter_offset() const {
+    const size_t staged = std::max(kRowTile * row_length(width), kMaxRows * row_length(gemm.along_width)) * size_of(type);
+    return staging_offset() + (staged + 63) / 64 * 64;
+  }
+  size_t worker_bytes() const { return adapter_offset() + adapters.scratch_bytes(); }
+  AdapterPass::Room room(const Worker& worker) const {
+    return adapters.room(worker.scratch.data() + adapter_offset());
+  }
+
+  // Gathers a piece of x with T of gate and up.
+  void gather_x(const Worker& worker, const Memory& rows, int64_t task, float* t) const {
+    gather(worker, call.x, rows, task, true,
+           [&](int expert, int64_t first, int64_t count, const std::byte* from, int64_t length) {
+             if (adapters.any()) adapters.project_x(room(worker), expert, first, count, from, length, type, t);
+           });
   }
 
   // g and u [., length] of one strip from the gathered rows of x, where there is a place for them by route or by slot,
-  // and h = silu(g) * u where that is wanted.
+  // and h = silu(g) * u where that is wanted. Adds the strip's part of T of down and passes `ready` on.
   void gate_up(const Worker& worker, int64_t segment, int64_t block, const Strip& next, const Memory& x, std::byte* g,
-               std::byte* u, int64_t length, bool by_slot, const Memory* h) const {
+               std::byte* u, int64_t length, bool by_slot, const Memory* h, float* t) const {
     const Segment& s = routing.segments[segment];
     worker.wait_for(gathered[segment], static_cast<int32_t>(s.rows));
     const Strip gate = strip(matrix(segment, kGate), hidden, block, gemm.along_width);
@@ -92,20 +110,28 @@ class Pass {
     product.c = cu;
     multiply_along(product);
 
-    const bool packed = h && takes_packed(s);
-    const int64_t h_length = packed ? row_length(gate.count) : row_length(hidden);
-    std::byte* const h_rows = !h       ? nullptr
-                              : packed ? worker.scratch.data() + staging_offset()
-                                       : row(*h, s.slot, h_length) + gate.first * size_of(type);
-    const int64_t pad = packed ? h_length - gate.count : gate.first + gate.count == hidden ? h_length - hidden : 0;
+    if (adapters.any()) {
+      adapters.add_b(room(worker), s, kGate, gate.first, gate.count, t, cg, ldc);
+      adapters.add_b(room(worker), s, kUp, gate.first, gate.count, t, cu, ldc);
+    }
+    const bool packed = h && takes_packed(s), staged = packed || (!h && adapters.has(kDown));
+    const int64_t h_length = staged ? row_length(gate.count) : row_length(hidden);
+    std::byte* const h_rows = staged ? worker.scratch.data() + staging_offset()
+                              : h    ? row(*h, s.slot, h_length) + gate.first * size_of(type)
+                                     : nullptr;
+    const int64_t pad = staged ? h_length - gate.count : gate.first + gate.count == hidden ? h_length - hidden : 0;
     for (int64_t r = 0; r < s.rows; ++r) {
       const size_t kept = static_cast<size_t>(((by_slot ? s.slot : s.first) + r) * length + gate.first) * size_of(type);
       elementwise.swiglu(cg + r * ldc, cu + r * ldc, gate.count, pad, g ? g + kept : nullptr, g ? u + kept : nullptr,
-                         h ? h_rows + r * h_length * size_of(type) : nullptr, type);
+                         h_rows ? h_rows + r * h_length * size_of(type) : nullptr, type);
     }
     if (packed)
       gemm.pack(h_rows, h_length, s.rows, 0, s.rows, gate.first, gate.count, row(*h, s.slot, row_length(hidden)),
                 row_length(hidden));
+    if (adapters.has(kDown))
+      adapters.project_h(worker, room(worker), s, gate.first, gate.count, h_rows, h_length, type, ready[segment], block,
+                         t);
+    ready[segment].fetch_add(1, std::memory_order_release);
   }
   void multiply_along(const Product& product) const { gemm.along[static_cast<int>(store.format)](product); }
   void multiply_across(const Product& product) const { gemm.across[static_cast<int>(store.format)](product); }
@@ -170,15 +196,16 @@ class Pass {
   const Routing& routing;
   const Dtype type;
   const int64_t width, hidden, segments, gathers;
+  const AdapterPass adapters;
   Counter *const gathered, *const ready;
 };
 
 // One call over its gathered routes, of which there is at least one. Each has to hold the pool.
-// kept: room for g and u, [2, routes, hidden], or null.
+// kept: room for g and u, [2, routes, hidden] operands, and T [routes, ranks] fp32; or null.
 void forward_pass(const Call& call, const Store& store, const Kernels& kernels, Workspace& space, Turn& turn,
                   std::byte* kept, void* y);
-// kept: g and u as the forward pass left them, or null to compute them again from x.
+// kept: what the forward pass left there, or null to compute it again from x. gradients: of the call's adapters.
 void backward_pass(const Call& call, const Store& store, const Kernels& kernels, Workspace& space, Turn& turn,
-                   const std::byte* kept, const void* dy, void* dx, float* dgate);
+                   const std::byte* kept, const void* dy, void* dx, float* dgate, const AdapterGradients& gradients);
 
 }  // namespace kjax

@@ -13,7 +13,7 @@ namespace kjax {
 // What must agree between a forward and its backward call.
 struct StashKey {
   int store, layer;
-  int64_t tokens, per_token, routes;
+  int64_t tokens, per_token, routes, ranks;
   uint64_t idx_hash;
   bool operator==(const StashKey&) const = default;
 };

@@ -46,6 +46,7 @@ struct Workspace {
   Memory sums;             // fp32 output [tokens, width] where the output itself is bf16
   Memory partial;          // [routes, strips] parts of dgate
   Memory activations;      // g and u, then dg and du, of a backward call, by slot
+  Memory low, low_gradients;  // T and dT of the adapters [routes, ranks]
   Counters gathered, ready, turn;
   Tasks tasks;
 

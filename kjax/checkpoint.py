@@ -31,7 +31,7 @@ MAX_MANIFEST = 1 << 26  # bytes; a manifest has some hundred bytes per file
 # Settings whose change would give the saved numbers another meaning, or the step another place in the data.
 BINDING = frozenset({
     "lora.targets", "lora.exclude", "lora.rank", "lora.alpha", "lora.rank_pattern", "lora.alpha_pattern",
-    "lora.rslora", "train.rows_per_step", "train.seed", "data.rows", "data.max_length",
+    "lora.rslora", "lora.experts_home", "train.rows_per_step", "train.seed", "data.rows", "data.max_length",
 })  # fmt: skip
 # Where things are and when they are written: of no meaning to a saved state.
 INDIFFERENT = frozenset({"train.run_dir", "train.keep", "train.tensorboard", "train.plot", "model.stash_gb"})

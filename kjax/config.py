@@ -86,8 +86,10 @@ class Model(_Checked):
 class Lora(_Checked):
     """Where adapters attach and how large they are.
 
-    targets and exclude name groups (`attention`, `shared`, `dense`), projections (`q_b_proj`) or regular
+    targets and exclude name groups (`attention`, `shared`, `dense`, `experts`), projections (`q_b_proj`) or regular
     expressions over module paths; the patterns give single groups, projections or regexes another rank or alpha.
+    experts_home: where those of the routed experts and their optimiser live; `auto`: on the host where an accelerator
+    runs the model.
     """
 
     targets: tuple[str, ...] = ("attention",)
@@ -98,6 +100,7 @@ class Lora(_Checked):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     rslora: bool = False
     dropout: float = 0.0
+    experts_home: Literal["auto", "device", "host"] = "auto"
 
     def _check(self):
         self._require(len(self.targets) > 0, "targets", "names nothing to adapt")

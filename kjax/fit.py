@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from kjax import adapters, env, gin_config, job, lora, models, step
+from kjax import adapters, env, gin_config, hosted, job, lora, models, step
 from kjax import optimizer as optimizers
 from kjax.data import Batches
 from kjax.errors import RunError
 from kjax.interrupt import Cancelled, Interrupts
 from kjax.log import RunLog, StepTimes
+from kjax.offload.host_lora import HostLora
 from kjax.offload.store import ExpertStore
 from kjax.progress import StepProgress
 from kjax.run import CONFIG, ENV, OPERATIVE, Run, RunDirectory
@@ -65,9 +66,11 @@ class Fit:
     def run(self, resume_step: int | None) -> Run:
         """Train from the state of `resume_step`, or from a new adapter."""
         config = self.job.config
+        self.host_lora = HostLora(self.store) if self.job.experts_on_host else None
         transformer = models.Transformer(self.job.model, lora=self.job.spec, dtype=jnp.dtype(config.model.dtype),
-                                         store=self.store, micro_rows=self.settings.micro_rows)
-        chosen = optimizers.optimizer(config.optimizer, self.total)
+                                         store=self.store, host_lora=self.host_lora,
+                                         micro_rows=self.settings.micro_rows)
+        chosen = optimizers.optimizer(config.optimizer, self.total, clipping=self.host_lora is None)
         self.state = self._initial_state(chosen, resume_step)
         self.done = self.saved = resume_step or 0
         self._write_record()
@@ -78,11 +81,7 @@ class Fit:
             self.log.text("config", f"```\n{gin_config.text(config)}\n```")
             self.progress = StepProgress(self.console, self.total, self.done)
             with self.progress, Interrupts(self._acknowledge) as self.interrupts:
-                chunk, seed = self.settings.loss_chunk, self.settings.seed
-                self.train_step = _Compiled(
-                    step.train_step(transformer, models.unembed, chosen, chunk=chunk, seed=seed,
-                                    dropout=self.job.dropout), self.interrupts, donate=(0,))
-                self.eval_step = _Compiled(step.eval_step(transformer, models.unembed, chunk=chunk), self.interrupts)
+                self._define_steps(transformer, chosen)
                 self.started = time.monotonic()
                 try:
                     self._steps()
@@ -101,11 +100,29 @@ class Fit:
                    [loss for _, loss in self.log.eval_losses], [at for at, _ in self.log.eval_losses],
                    exit_code=128 + signal if signal else 0)
 
-    def _initial_state(self, chosen, resume_step: int | None) -> step.State:
+    def _define_steps(self, transformer, chosen) -> None:
+        """The compiled steps; with adapters on the host each has a part there."""
+        chunk, seed, dropout = self.settings.loss_chunk, self.settings.seed, self.job.dropout
+        self.eval_step = _Compiled(step.eval_step(transformer, models.unembed, chunk=chunk), self.interrupts)
+        if self.host_lora is None:
+            train = step.train_step(transformer, models.unembed, chosen, chunk=chunk, seed=seed, dropout=dropout)
+            self.train_step = _Compiled(train, self.interrupts, donate=(0,))
+            return
+        gradients = step.gradients(transformer, models.unembed, chunk=chunk, seed=seed, dropout=dropout)
+        clip_norm = self.job.config.optimizer.clip_norm
+        device = hosted.device_step(gradients, chosen, clip_norm, self.job.model.num_moe_layers)
+        update = hosted.host_update(chosen, clip_norm)
+        self.train_step = hosted.TrainStep(self.host_lora, _Compiled(device, self.interrupts, donate=(0,)),
+                                           _Compiled(update, self.interrupts, donate=(0, 1)))
+        self.eval_step = hosted.EvalStep(self.host_lora, self.eval_step)
+
+    def _initial_state(self, chosen, resume_step: int | None) -> step.State | hosted.HostedState:
         tree = self.job.adapter
-        if tree is None:
-            tree = lora.init(self.job.spec, self.job.linears, jax.random.key(self.settings.seed))
-        state = step.initial_state(tree, chosen)
+        # What stays on the host would not fit on the device, not even to be drawn.
+        with jax.default_device(hosted.cpu()) if self.host_lora else contextlib.nullcontext():
+            if tree is None:
+                tree = lora.init(self.job.spec, self.job.linears, jax.random.key(self.settings.seed))
+        state = (hosted if self.host_lora else step).initial_state(tree, chosen)
         return state if resume_step is None else self.directory.checkpoints.restore(resume_step, state)
 
     def _write_record(self) -> None:

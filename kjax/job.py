@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kjax import adapters, checkpoint, data, lora, models, optimizer
 from kjax.config import Config
-from kjax.offload import storage, store
+from kjax.offload import host_lora, storage, store
 from kjax.weights.account import account, expert_sources
 from kjax.weights.safetensors import Checkpoint
 
@@ -41,6 +41,12 @@ class Job:
     def table(self) -> lora.Table:
         shapes = models.abstract_params(self.model, self.config.model.dtype, "device")
         return lora.table(self.spec, self.linears, lora.count(shapes))
+
+    @property
+    def experts_on_host(self) -> bool:
+        """Whether the routed experts' adapters live on the host (Lora.experts_home)."""
+        adapted = any(lora.group(path) == "experts" for path in self.spec.paths)
+        return host_lora.on_host(self.config.lora.experts_home, adapted, self.config.model.experts == "host")
 
     @property
     def dropout(self) -> bool:

@@ -1,5 +1,6 @@
 """A model from a checkpoint directory, ready for logits, text and training."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +15,10 @@ from kjax import adapters, env
 from kjax.data.tokenizer import Tokenizer
 from kjax.errors import CheckpointError, ConfigError, DataError
 from kjax.generate import Generator, TextStream, check_tokens
-from kjax.lora import LoraSpec
+from kjax.lora import LoraSpec, group
 from kjax.models import ModelConfig, Transformer, abstract_params, linears, take_table, unembed
+from kjax.offload import host_lora
+from kjax.offload.host_lora import HostLora
 from kjax.offload.store import ExpertStore
 from kjax.weights import lowbit
 from kjax.weights.load import load_params, open_experts
@@ -34,6 +37,7 @@ def load(
     template: str | os.PathLike | None = None,
     transport: Literal["auto", "ffi", "pure_callback"] = "auto",
     storage: Literal["auto", "mapped", "resident"] = "auto",
+    experts_home: Literal["auto", "device", "host"] = "auto",
     check: bool = True,
     progress: bool = True,
 ) -> "Model":
@@ -55,6 +59,7 @@ def load(
       transport: how compiled functions reach the host; "auto" is right.
       storage: of routed experts on the host: "mapped" reads them in the files, "resident" copies them into memory
         first; "auto" maps.
+      experts_home: where an adapter of the routed experts lives, as Lora.experts_home.
       check: read all routed experts once and refuse NaN and Inf. The rest is always checked.
       progress: a bar on a terminal, for large models.
 
@@ -71,11 +76,26 @@ def load(
         config = ModelConfig.from_json(checkpoint.config_json)
         tokenizer = _tokenizer(checkpoint.directory, config, template or _template(adapter))
         base = adapters.identify(checkpoint)
-        spec, lora = adapters.load(adapter, linears(config), base) if adapter is not None else (None, None)
+        spec, lora, hosted = _adapter(adapter, linears(config), base, experts_home, experts == "host")
         params = load_params(checkpoint, config, abstract_params(config, dtype, experts), weights, progress=progress)
         store = open_experts(checkpoint, config, transport=transport, storage=storage, check=check,
                              progress=progress) if experts == "host" else None
-    return Model(checkpoint.directory, config, dtype, params, store, tokenizer, spec, lora, base)
+    return Model(checkpoint.directory, config, dtype, params, store, tokenizer, spec, lora, base,
+                 HostLora(store) if hosted else None)
+
+
+def _adapter(directory, sizes, base, home: str, stored: bool):
+    """The spec, the lora tree, and whether its part for the routed experts stays on the host; Nones without one."""
+    if directory is None:
+        return None, None, False
+    # Experts' adapters that stay on the host would not fit on the device, not even for a moment.
+    with jax.default_device(host_lora.cpu()) if host_lora.on_host(home, True, stored) else contextlib.nullcontext():
+        spec, tree = adapters.load(directory, sizes, base)
+    hosted = host_lora.on_host(home, any(group(path) == "experts" for path in spec.paths), stored)
+    if hosted:
+        device, host = host_lora.split(tree)
+        tree = host_lora.merge(jax.device_put(device, jax.local_devices()[0]), jax.device_put(host, host_lora.cpu()))
+    return spec, tree, hosted
 
 
 class Model:
@@ -92,18 +112,23 @@ class Model:
     """
 
     def __init__(self, directory: Path, config: ModelConfig, dtype: str, params: dict, store: ExpertStore | None,
-                 tokenizer: Tokenizer | None, spec: LoraSpec | None, lora: dict | None, base: adapters.Base):
+                 tokenizer: Tokenizer | None, spec: LoraSpec | None, lora: dict | None, base: adapters.Base,
+                 hosted: HostLora | None = None):
         self.directory, self.config, self.dtype, self.store = directory, config, dtype, store
         self.params, self.table = take_table(params)
         self.tokenizer, self.spec, self.lora, self.base = tokenizer, spec, lora, base
-        self.transformer = Transformer(config, lora=spec, dtype=jnp.dtype(dtype), store=store)
+        self.transformer = Transformer(config, lora=spec, dtype=jnp.dtype(dtype), store=store, host_lora=hosted)
+        self._hosted = hosted
+        if hosted is not None:
+            hosted.bind(host_lora.split(lora)[1])
         self._generator = None
         self._logits = jax.jit(functools.partial(_logits, self.transformer))
 
     @property
     def variables(self) -> dict:
-        """The collections "params" and, with an adapter, "lora"."""
-        return {"params": self.params} | ({"lora": self.lora} if self.lora is not None else {})
+        """The collections "params" and, with an adapter, "lora": what the device has of it."""
+        lora = self.lora if self._hosted is None else host_lora.split(self.lora)[0]
+        return {"params": self.params} | ({"lora": lora} if lora is not None else {})
 
     def logits(self, tokens) -> jax.Array:
         """tokens [B,T] int -> logits [B,T,V] fp32, every row one sequence from its first position.
@@ -167,6 +192,8 @@ class Model:
 
     def close(self):
         """Unmaps the routed experts; calls after that fail."""
+        if self._hosted is not None:
+            self._hosted.release()
         if self.store is not None:
             self.store.close()
 

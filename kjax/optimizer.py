@@ -2,6 +2,8 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from kjax import config, lora
@@ -32,9 +34,17 @@ def schedule(settings: config.Optimizer, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def optimizer(settings: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
+def clip(grads, norm, limit: float | None):
+    """Gradients scaled down to a global norm of `limit`, given their norm, as optax.clip_by_global_norm does it."""
+    if limit is None:
+        return grads
+    return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm * limit), grads)
+
+
+def optimizer(settings: config.Optimizer, total_steps: int, *, clipping: bool = True) -> optax.GradientTransformation:
     """The transformation of the lora tree's gradients: one global norm over the tree, fp32 state.
 
+    clipping: False leaves it to the caller, who knows more of the gradient than this tree.
     LoRA+ (arXiv:2402.12354) multiplies the learning rate of every lora_B, its weight decay with it.
     """
     parts = [
@@ -42,7 +52,7 @@ def optimizer(settings: config.Optimizer, total_steps: int) -> optax.GradientTra
         optax.add_decayed_weights(settings.weight_decay),
         optax.scale_by_learning_rate(schedule(settings, total_steps)),
     ]
-    if settings.clip_norm is not None:
+    if clipping and settings.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(settings.clip_norm))
     if settings.loraplus_ratio != 1.0:
         rates = {"lora_A": optax.identity(), "lora_B": optax.scale(settings.loraplus_ratio)}

@@ -42,29 +42,46 @@ def batch_loss(model, unembed: Callable, chunk: int, lora: dict, params: dict, b
     return losses.cross_entropy(lambda rows: unembed(params, rows), hidden, batch["targets"], chunk)
 
 
-def train_step(model, unembed: Callable, optimizer: optax.GradientTransformation, *, chunk: int, seed: int,
-               dropout: bool) -> Callable:
-    """Returns step(state, params, batch) -> (state, Metrics): one update of the adapter; jit it and donate the state.
+def gradients(model, unembed: Callable, *, chunk: int, seed: int, dropout: bool) -> Callable:
+    """Returns f(lora, step, params, batch) -> (mean loss, target tokens, gradients to lora).
 
-    The batch is a whole optimiser step: every MoE layer sees all of its tokens at once (the model runs attention in
-    micro-batches). The loss is normalised by the target tokens of the step. The dropout key is a function of seed and
-    step alone, so a resumed run draws the same masks.
+    The loss is normalised by the target tokens of the step. The dropout key is a function of seed and step alone, so a
+    resumed run draws the same masks.
     """
-
-    def step(state: State, params: dict, batch: Mapping):
-        key = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
+    def run(lora: dict, step, params: dict, batch: Mapping):
+        key = jax.random.fold_in(jax.random.key(seed), step) if dropout else None
 
         def mean_loss(lora):
             total, count = batch_loss(model, unembed, chunk, lora, params, batch, dropout_key=key)
             return total / jnp.maximum(count, 1.0), count
 
-        (loss, count), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.lora)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.lora)
-        new = State(optax.apply_updates(state.lora, updates), optimizer_state, state.step + 1)
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        return new, Metrics(loss, count, norm, finite)
+        (loss, count), grads = jax.value_and_grad(mean_loss, has_aux=True)(lora)
+        return loss, count, grads
+
+    return run
+
+
+def updated(state: State, optimizer: optax.GradientTransformation, grads, loss, count, norm) -> tuple[State, Metrics]:
+    """The state after an update, or as it was where loss or gradient is not finite."""
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.lora)
+    new = State(optax.apply_updates(state.lora, updates), optimizer_state, state.step + 1)
+    new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+    return new, Metrics(loss, count, norm, finite)
+
+
+def train_step(model, unembed: Callable, optimizer: optax.GradientTransformation, *, chunk: int, seed: int,
+               dropout: bool) -> Callable:
+    """Returns step(state, params, batch) -> (state, Metrics): one update of the adapter; jit it and donate the state.
+
+    The batch is a whole optimiser step: every MoE layer sees all of its tokens at once (the model runs attention in
+    micro-batches).
+    """
+    differentiate = gradients(model, unembed, chunk=chunk, seed=seed, dropout=dropout)
+
+    def step(state: State, params: dict, batch: Mapping):
+        loss, count, grads = differentiate(state.lora, state.step, params, batch)
+        return updated(state, optimizer, grads, loss, count, optax.tree.norm(grads))
 
     return step
 

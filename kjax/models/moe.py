@@ -9,6 +9,7 @@ from kjax.models.config import ModelConfig
 from kjax.models.layers import INIT, MLP, Parts, swiglu
 from kjax.models.router import Router, route
 from kjax.offload.experts import host_experts
+from kjax.offload.host_lora import HostLora
 from kjax.offload.lora import PROJECTIONS, ExpertLora
 from kjax.offload.reference import experts_ref
 
@@ -21,6 +22,7 @@ class Experts(Parts):
     """
 
     on_device: bool
+    host_lora: HostLora | None
 
     @nn.compact
     def __call__(self) -> tuple[list | None, ExpertLora | None]:
@@ -37,8 +39,10 @@ class Experts(Parts):
         found = {name: adapter for name, adapter in found.items() if adapter}
         if not found:
             return None
-        factors = {}
-        for name in found:
+        factors, token = {}, None
+        if self.host_lora is not None:
+            token = jnp.zeros(()) if not self.has_variable("lora", "token") else self.get_variable("lora", "token")
+        for name in found if self.host_lora is None else ():
             if not self.has_variable("lora", name):
                 raise ConfigError(f"{'/'.join(self.path)}/{name} is to be adapted, but the lora tree holds nothing "
                                   "for it")
@@ -50,13 +54,15 @@ class Experts(Parts):
         rate, seed = rates.pop(), None
         if rate and not self.deterministic:
             seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
-        return ExpertLora(factors, seed, tuple((name, adapter.scale) for name, adapter in found.items()), rate)
+        scales = tuple((name, adapter.scale) for name, adapter in found.items())
+        return ExpertLora(factors, seed, token, scales, rate, self.host_lora)
 
 
 class MoE(Parts):
     """Declares the block; the routed experts only where no store holds them."""
 
     device_experts: bool
+    host_lora: HostLora | None
 
     @nn.compact
     def __call__(self) -> dict:
@@ -64,7 +70,7 @@ class MoE(Parts):
         w = {"gate": Router(c, name="gate")()}
         if c.n_shared_experts:
             w["shared_experts"] = MLP(*parts, c.moe_intermediate_size * c.n_shared_experts, name="shared_experts")()
-        w["experts"] = Experts(*parts, self.device_experts, name="experts")()
+        w["experts"] = Experts(*parts, self.device_experts, self.host_lora, name="experts")()
         return w
 
 

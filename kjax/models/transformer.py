@@ -22,6 +22,7 @@ from kjax.models.mla import MLA, mla, mla_cache, mla_cached
 from kjax.models.moe import MoE, moe
 from kjax.models.rope import cos_sin
 from kjax.offload.experts import SAVED
+from kjax.offload.host_lora import HostLora
 from kjax.offload.store import ExpertStore
 from kjax.weights import lowbit
 
@@ -69,6 +70,7 @@ class Layer(Parts):
     """One decoder layer, dense or mixture-of-experts: the body of a scan over a stack."""
 
     store: ExpertStore | None
+    host_lora: HostLora | None
     micro_rows: int | None
     sparse: bool
 
@@ -90,7 +92,7 @@ class Layer(Parts):
         h = rms_norm(x, Norm(c.hidden_size, self.dtype, name="post_attention_layernorm")(), c.rms_norm_eps)
         if not self.sparse:
             return x + swiglu(MLP(*parts, c.intermediate_size, name="mlp")(), h, tokens.rows), cache
-        w = MoE(*parts, self.store is None, name="mlp")()
+        w = MoE(*parts, self.store is None, self.host_lora, name="mlp")()
         return moe(w, c, self.store, layer, h, x, tokens.segments, tokens.rows), cache
 
 
@@ -112,6 +114,8 @@ class Transformer(nn.Module):
       lora: the adapters, whose arrays are the collection "lora"; None: the base model alone.
       dtype: of all activations, "float32" or "bfloat16".
       store: holds the routed experts; None: they are parameters, multiplied on the device.
+      host_lora: holds their adapters, which are then not in the collection "lora"; there may be, as
+        moe_layers/mlp/experts/token [L], numbers through which JAX sees their gradients (kjax.offload.lora).
       micro_rows: rows in attention at a time; None: all. Every expert sees all rows at once either way.
     """
 
@@ -119,6 +123,7 @@ class Transformer(nn.Module):
     lora: LoraSpec | None = None
     dtype: Any = jnp.float32
     store: ExpertStore | None = None
+    host_lora: HostLora | None = None
     micro_rows: int | None = None
 
     @nn.compact
@@ -158,7 +163,8 @@ class Transformer(nn.Module):
                 scan = nn.scan(body, variable_axes={"params": 0, "lora": 0}, length=length,
                                split_rngs={"params": True, "dropout": True},
                                in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast), out_axes=0)
-                run = scan(c, self.lora, self.dtype, deterministic, self.store, self.micro_rows, stack == "moe_layers",
+                run = scan(c, self.lora, self.dtype, deterministic, self.store, self.host_lora, self.micro_rows,
+                           stack == "moe_layers",
                            name=stack)
                 x, layers[stack] = run(x, jnp.arange(length), caches.get(stack), batch, key_segments, start)
 

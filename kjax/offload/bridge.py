@@ -14,6 +14,7 @@ import numpy as np
 
 from kjax import _ext
 from kjax.errors import ConfigError
+from kjax.offload.lora import PROJECTIONS, ExpertLora
 
 TRANSPORTS = ("auto", "ffi", "pure_callback")
 
@@ -43,14 +44,42 @@ def _bits(array) -> np.ndarray:
     return array.view(np.uint16) if array.dtype == jnp.bfloat16 else array
 
 
-def _forward_on_host(layer, x, idx, gate, *, store, keep):
-    y, slip = _ext.forward(int(store), int(layer), _bits(x), _bits(idx), _bits(gate), bool(keep))
+def _forward_on_host(layer, x, idx, gate, *more, store, keep, **setting):
+    y, slip = _ext.forward(int(store), int(layer), _bits(x), _bits(idx), _bits(gate), bool(keep),
+                           _adapters(more, **setting))
     return y.view(x.dtype), np.int32(slip)
 
 
-def _backward_on_host(layer, slip, x, idx, gate, dy, *, store):
-    dx, dgate = _ext.backward(int(store), int(layer), int(slip), _bits(x), _bits(idx), _bits(gate), _bits(dy))
-    return dx.view(x.dtype), dgate
+def _backward_on_host(layer, slip, x, idx, gate, dy, *more, store, **setting):
+    dx, dgate, grads = _ext.backward(int(store), int(layer), int(slip), _bits(x), _bits(idx), _bits(gate), _bits(dy),
+                                     _adapters(more, **setting))
+    return dx.view(x.dtype), dgate, *(np.asarray(grad, np.float32) for grad in grads)
+
+
+def _setting(lora: ExpertLora | None) -> dict:
+    """What a call says of adapters beside arrays: the attributes of the FFI handlers."""
+    scales = dict(lora.scales) if lora else {}
+    return {"scales": np.array([scales.get(name, 0.0) for name in PROJECTIONS], np.float32),
+            "dropout": np.float64(lora.dropout if lora and lora.seed is not None else 0.0),
+            "host": np.int64(lora.host.id if lora and lora.host else -1)}
+
+
+def _operands(lora: ExpertLora | None) -> list:
+    """The arrays: factors in the order of the projections, then the seed."""
+    if lora is None:
+        return []
+    factors = [factor for name in PROJECTIONS for factor in lora.factors.get(name, ())]
+    return factors + ([] if lora.seed is None else [lora.seed])
+
+
+def _adapters(more, *, scales, dropout, host):
+    """The arrays of a call as the kernels take them."""
+    if not scales.any():
+        return None
+    more = [np.asarray(array) for array in more]
+    seed = more.pop() if dropout else None
+    factors = [None if host >= 0 or not scale else (more.pop(0), more.pop(0)) for scale in scales]
+    return factors, scales.tolist(), float(dropout), seed, int(host)
 
 
 def _call(store, target: str, host_function, attributes: dict, results, layer, *operands):
@@ -65,15 +94,26 @@ def _call(store, target: str, host_function, attributes: dict, results, layer, *
             for result in out] if varying else out
 
 
-def forward(store, keep: bool, layer, x, idx, gate):
+def forward(store, keep: bool, layer, x, idx, gate, lora: ExpertLora | None = None):
     """y [N,D] in x.dtype and the slip (int32 scalar, 0 unless `keep`) of one execution of the experts."""
     results = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((), jnp.int32))
     return _call(store, "kjax_experts_forward", _forward_on_host,
-                 {"store": np.int64(store.id), "keep": np.int64(keep)}, results, layer, x, idx, gate)
+                 {"store": np.int64(store.id), "keep": np.int64(keep), **_setting(lora)}, results,
+                 layer, x, idx, gate, *_operands(lora))
 
 
-def backward(store, layer, slip, x, idx, gate, dy):
-    """dx [N,D] in x.dtype and dgate [N,K] fp32; takes the stash entry of `slip`, or recomputes from x."""
-    results = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(gate.shape, jnp.float32))
-    return _call(store, "kjax_experts_backward", _backward_on_host, {"store": np.int64(store.id)}, results,
-                 layer, slip, x, idx, gate, dy)
+def backward(store, layer, slip, x, idx, gate, dy, lora: ExpertLora | None = None):
+    """dx [N,D] in x.dtype, dgate [N,K] fp32, and a list of gradients of the adapters.
+
+    Those of the factors, in the order of the projections; of factors on the host, that of the token.
+    Takes the stash entry of `slip`, or recomputes from x.
+    """
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(gate.shape, jnp.float32)]
+    if lora is not None and lora.host is not None:
+        results.append(jax.ShapeDtypeStruct((), jnp.float32))
+    elif lora is not None:
+        results += [jax.ShapeDtypeStruct(f.shape, jnp.float32) for n in PROJECTIONS for f in lora.factors.get(n, ())]
+    dx, dgate, *grads = _call(store, "kjax_experts_backward", _backward_on_host,
+                              {"store": np.int64(store.id), **_setting(lora)}, tuple(results),
+                              layer, slip, x, idx, gate, dy, *_operands(lora))
+    return dx, dgate, grads

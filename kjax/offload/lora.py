@@ -1,5 +1,7 @@
 """The adapters of one layer's routed experts, and the dropout masks that host and device draw alike."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -14,13 +16,18 @@ class ExpertLora:
     Attributes:
       factors: projection -> (lora_A [E,R,in], lora_B [E,out,R]), fp32; one without an adapter is absent.
       seed: uint32 [2] that the dropout masks are made from; None: nothing is dropped.
+      token: fp32 scalar through which JAX sees that factors on the host have gradients; its own is by how much a
+        backward call makes the sum of their squares grow.
       scales: (projection, scale) of each adapted projection.  dropout: the share of elements dropped.
+      host: holds the factors of all layers in place of `factors`, see kjax.offload.host_lora.
     """
 
     factors: dict[str, tuple[jax.Array, jax.Array]]
     seed: jax.Array | None = None
+    token: jax.Array | None = None
     scales: tuple[tuple[str, float], ...] = struct.field(pytree_node=False, default=())
     dropout: float = struct.field(pytree_node=False, default=0.0)
+    host: Any = struct.field(pytree_node=False, default=None)
 
 
 def _mix(h):
