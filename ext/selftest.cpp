@@ -52,7 +52,23 @@ struct Problem {
   std::vector<double> weight[kProjections];  // [experts, rows, cols]
   std::vector<float> x, dy, gate;
   std::vector<int32_t> idx;
+  std::vector<float> a[kProjections], b[kProjections];  // factors of adapters
+  Adapters adapters;
 };
+
+constexpr int kRanks[kProjections] = {3, 8, 17};
+
+// Adapters of unequal ranks.
+void add_adapters(const Case& c, Problem& p, Random& random) {
+  for (int j = 0; j < kProjections; ++j) {
+    const Matrix shape = p.store->matrix(0, 0, j);
+    for (int64_t i = 0; i < int64_t{c.experts} * kRanks[j] * shape.cols; ++i)
+      p.a[j].push_back(random.uniform() * 1.7f / std::sqrt(static_cast<float>(shape.cols)));
+    for (int64_t i = 0; i < int64_t{c.experts} * kRanks[j] * shape.rows; ++i)
+      p.b[j].push_back(random.uniform() / std::sqrt(static_cast<float>(kRanks[j])));
+    p.adapters.of[j] = {p.a[j].data(), p.b[j].data(), kRanks[j], 0.5f + static_cast<float>(j)};
+  }
+}
 
 double narrow(double x, Dtype type) {
   const float f = static_cast<float>(x);
@@ -129,14 +145,36 @@ Problem make_problem(const Case& c, Format format, uint64_t seed) {
 
 struct Result {
   std::vector<double> y, dx, dgate;
+  std::vector<double> da[kProjections], db[kProjections];
 };
 
-// In float64, rounding to `type` where a kernel must: fp32 for none.
+// out [rows] += scale * B (A in), and with t = A in, ready for dB; or in [cols] += scale * A^T (B^T out).
+void add_low_rank(const Problem& p, int projection, int expert, const double* in, double* out, int64_t rows,
+                  int64_t cols, bool transposed, std::vector<double>* low) {
+  const Factors& f = p.adapters.of[projection];
+  const float *const a = f.a + expert * f.rank * cols, *const b = f.b + expert * f.rank * rows;
+  low->assign(f.rank, 0);
+  for (int64_t r = 0; r < f.rank; ++r) {
+    for (int64_t i = 0; i < (transposed ? rows : cols); ++i)
+      (*low)[r] += f.scale * in[i] * (transposed ? b[i * f.rank + r] : a[r * cols + i]);
+    for (int64_t i = 0; i < (transposed ? cols : rows); ++i)
+      out[i] += (*low)[r] * (transposed ? a[r * cols + i] : b[i * f.rank + r]);
+  }
+}
+
+// In float64, with whatever adapters there are, rounding to `type` where a kernel must: fp32 for none.
 Result reference(const Case& c, const Problem& p, Dtype type, bool rounded) {
   const auto round = [&](double x) { return rounded ? narrow(x, type) : x; };
   const int D = c.width, F = c.hidden;
-  Result out{std::vector<double>(p.x.size()), std::vector<double>(p.x.size()), std::vector<double>(p.gate.size())};
-  std::vector<double> x(D), dy(D), g(F), u(F), h(F), a(F);
+  Result out;
+  out.y.resize(p.x.size());
+  out.dx.resize(p.x.size());
+  out.dgate.resize(p.gate.size());
+  for (int j = 0; j < kProjections; ++j) {
+    out.da[j].resize(p.a[j].size());
+    out.db[j].resize(p.b[j].size());
+  }
+  std::vector<double> x(D), dy(D), g(F), u(F), h(F), a(F), low[kProjections], low_gradient, o(D), dg(F), du(F), dx(D);
   for (int t = 0; t < c.tokens; ++t) {
     for (int d = 0; d < D; ++d) {
       x[d] = round(p.x[t * D + d]);
@@ -148,26 +186,49 @@ Result reference(const Case& c, const Problem& p, Dtype type, bool rounded) {
       const double* W[kProjections];
       for (int j = 0; j < kProjections; ++j) W[j] = p.weight[j].data() + static_cast<size_t>(e) * D * F;
       for (int f = 0; f < F; ++f) {
-        double sums[3] = {};
+        g[f] = u[f] = a[f] = 0;
         for (int d = 0; d < D; ++d) {
-          sums[0] += W[kGate][f * D + d] * x[d];
-          sums[1] += W[kUp][f * D + d] * x[d];
-          sums[2] += W[kDown][d * F + f] * dy[d];
+          g[f] += W[kGate][f * D + d] * x[d];
+          u[f] += W[kUp][f * D + d] * x[d];
+          a[f] += W[kDown][d * F + f] * dy[d];
         }
-        h[f] = round(sums[0] / (1 + std::exp(-sums[0])) * sums[1]);
-        g[f] = round(sums[0]);
-        u[f] = round(sums[1]);
-        a[f] = sums[2];
       }
+      add_low_rank(p, kGate, e, x.data(), g.data(), F, D, false, &low[kGate]);
+      add_low_rank(p, kUp, e, x.data(), u.data(), F, D, false, &low[kUp]);
+      for (int f = 0; f < F; ++f) {
+        h[f] = round(g[f] / (1 + std::exp(-g[f])) * u[f]);
+        g[f] = round(g[f]);
+        u[f] = round(u[f]);
+      }
+      std::fill(o.begin(), o.end(), 0.0);
+      add_low_rank(p, kDown, e, h.data(), o.data(), D, F, false, &low[kDown]);
+      add_low_rank(p, kDown, e, dy.data(), a.data(), D, F, true, &low_gradient);
+      std::fill(dx.begin(), dx.end(), 0.0);
       for (int f = 0; f < F; ++f) {
         const double s = 1 / (1 + std::exp(-g[f]));
         out.dgate[route] += a[f] * g[f] * s * u[f];
-        const double dg = round(p.gate[route] * a[f] * u[f] * (s + g[f] * s * (1 - s)));
-        const double du = round(p.gate[route] * a[f] * g[f] * s);
+        dg[f] = round(p.gate[route] * a[f] * u[f] * (s + g[f] * s * (1 - s)));
+        du[f] = round(p.gate[route] * a[f] * g[f] * s);
         for (int d = 0; d < D; ++d) {
-          out.y[t * D + d] += p.gate[route] * W[kDown][d * F + f] * h[f];
-          out.dx[t * D + d] += dg * W[kGate][f * D + d] + du * W[kUp][f * D + d];
+          o[d] += W[kDown][d * F + f] * h[f];
+          dx[d] += dg[f] * W[kGate][f * D + d] + du[f] * W[kUp][f * D + d];
         }
+      }
+      const auto gradients = [&](int j, const std::vector<double>& in, const std::vector<double>& made, double by) {
+        const int64_t rank = p.adapters.of[j].rank, rows = made.size(), cols = in.size();
+        for (int64_t r = 0; r < rank; ++r) {
+          for (int64_t i = 0; i < cols; ++i) out.da[j][(e * rank + r) * cols + i] += by * low_gradient[r] * in[i];
+          for (int64_t i = 0; i < rows; ++i) out.db[j][(e * rows + i) * rank + r] += by * made[i] * low[j][r];
+        }
+      };
+      gradients(kDown, h, dy, p.gate[route]);
+      add_low_rank(p, kGate, e, dg.data(), dx.data(), F, D, true, &low_gradient);
+      gradients(kGate, x, dg, 1);
+      add_low_rank(p, kUp, e, du.data(), dx.data(), F, D, true, &low_gradient);
+      gradients(kUp, x, du, 1);
+      for (int d = 0; d < D; ++d) {
+        out.y[t * D + d] += p.gate[route] * o[d];
+        out.dx[t * D + d] += dx[d];
       }
     }
   }
@@ -188,27 +249,46 @@ double error(const std::vector<double>& got, const std::vector<double>& exact) {
 
 // True when y, dx and dgate are within twice the error of rounding the operands alone, plus what one value that falls
 // on the other side of a rounding boundary does to a short sum, plus fp32 sums.
-bool run_case(const std::string& isa, const Case& c, Format format, uint64_t seed) {
+bool run_case(const std::string& isa, const Case& c, Format format, uint64_t seed, bool adapted) {
   const Dtype type = kOperandType[static_cast<int>(format)];
-  const Problem p = make_problem(c, format, seed);
+  Problem p = make_problem(c, format, seed);
+  Random random(seed + 1000);
+  if (adapted) add_adapters(c, p, random);
   const int id = register_store(p.store);
-  const Call call{id, 0, c.tokens, c.width, c.per_token, Dtype::kFp32, p.x.data(), p.idx.data(), p.gate.data()};
+  const Call call{id, 0, c.tokens, c.width, c.per_token, Dtype::kFp32, p.x.data(),
+                  p.idx.data(), p.gate.data(), &p.adapters};
   std::vector<float> y(p.x.size()), dx(p.x.size()), dgate(p.gate.size()), again(p.x.size()), dgate_again(p.gate.size());
+  std::vector<float> da[kProjections], db[kProjections], da_again[kProjections], db_again[kProjections];
+  AdapterGradients gradients, gradients_again;
+  for (int j = 0; j < kProjections; ++j) {
+    for (auto* sums : {&da[j], &da_again[j]}) sums->resize(p.a[j].size());
+    for (auto* sums : {&db[j], &db_again[j]}) sums->resize(p.b[j].size());
+    gradients.a[j] = da[j].data();
+    gradients.b[j] = db[j].data();
+    gradients_again.a[j] = da_again[j].data();
+    gradients_again.b[j] = db_again[j].data();
+  }
   const int32_t slip = experts_forward(call, true, y.data());
-  experts_backward(call, slip, p.dy.data(), dx.data(), dgate.data());
-  experts_backward(call, slip, p.dy.data(), again.data(), dgate_again.data());  // now a miss
+  experts_backward(call, slip, p.dy.data(), dx.data(), dgate.data(), gradients);
+  experts_backward(call, slip, p.dy.data(), again.data(), dgate_again.data(), gradients_again);  // now a miss
   close_store(id);
   const Result exact = reference(c, p, type, false), rounded = reference(c, p, type, true);
   const double flip = type == Dtype::kBf16 ? 0.004 / std::max(1.0, std::sqrt(c.hidden / 8.0)) : 0;
   bool good = again == dx && dgate_again == dgate;
-  std::printf("%-10s %-13s N%-4d D%-5d F%-5d E%-3d K%d ", isa.c_str(), kFormatInfo[static_cast<int>(format)].name,
-              c.tokens, c.width, c.hidden, c.experts, c.per_token);
-  const struct {
+  for (int j = 0; j < kProjections; ++j) good &= da[j] == da_again[j] && db[j] == db_again[j];
+  std::printf("%-10s %-13s %s N%-4d D%-5d F%-5d E%-3d K%d ", isa.c_str(), kFormatInfo[static_cast<int>(format)].name,
+              adapted ? "LoRA" : "    ", c.tokens, c.width, c.hidden, c.experts, c.per_token);
+  struct One {
     const char* name;
     double error, allowed;
-  } all[] = {{"y", error(y, exact.y), error(rounded.y, exact.y)},
-             {"dx", error(dx, exact.dx), error(rounded.dx, exact.dx)},
-             {"dgate", error(dgate, exact.dgate), error(rounded.dgate, exact.dgate)}};
+  };
+  std::vector<One> all = {{"y", error(y, exact.y), error(rounded.y, exact.y)},
+                          {"dx", error(dx, exact.dx), error(rounded.dx, exact.dx)},
+                          {"dgate", error(dgate, exact.dgate), error(rounded.dgate, exact.dgate)}};
+    for (int j = 0; adapted && j < kProjections; ++j) {
+    all.push_back({"dA", error(da[j], exact.da[j]), error(rounded.da[j], exact.da[j])});
+    all.push_back({"dB", error(db[j], exact.db[j]), error(rounded.db[j], exact.db[j])});
+  }
   for (const auto& one : all) {
     good &= one.error <= 2 * one.allowed + flip + 40 * 6e-8;
     std::printf(" %s %.1e", one.name, one.error);
@@ -239,7 +319,11 @@ int main(int argc, char** argv) {
     force_isa(isa);
     uint64_t seed = 0;
     for (int format = 0; format < kFormats; ++format)
-      for (const Case& c : kCases) good &= run_case(isa, c, static_cast<Format>(format), ++seed);
+      for (const Case& c : kCases)
+        for (bool adapted : {false, true}) {
+          if (adapted && kBits[format] < 16 && &c != kCases) continue;  // an adapter does not see the format
+          good &= run_case(isa, c, static_cast<Format>(format), ++seed, adapted);
+        }
   }
   std::puts(good ? "all as float64 says" : "FAILED");
   return good ? 0 : 1;
