@@ -95,6 +95,22 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--check", action="store_true", help=f"exit with {EXIT_WRONG} where the run does not fit")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
+    export = _verb(verbs, "export", _export, "write an adapter as PEFT files for other programs",
+                   example="kjax export --run runs/first --out adapter --dtype bfloat16")
+    _adapted(export)
+    export.add_argument("--out", metavar="DIR", required=True, help="a new directory")
+    export.add_argument("--layout", choices=("experts", "fused"), default="experts", help="of routed experts: "
+                        "tensors for each expert (default), or fused as peft does with transformers 5")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    export.add_argument("--base_name", metavar="NAME", help="what to record as the base, for instance its hub name")
+
+    merge = _verb(verbs, "merge", _merge, "write a checkpoint with an adapter merged into it, in the base's format",
+                  example="kjax merge --run runs/first --out DeepSeek-V3-mine")
+    _adapted(merge)
+    merge.add_argument("--out", metavar="DIR", required=True, help=f"a new directory; {AGAIN}")
+    merge.add_argument("--rounding", choices=("stochastic", "nearest"), default="stochastic", help="of quantised "
+                       "weights: right on average (default), or to nearest, which loses changes below half a step")
+
     quantize = _verb(verbs, "quantize", _quantize, "write a checkpoint whose routed experts have 8 or 4 bits",
                      example="kjax quantize --model DeepSeek-V3 --format int4 --out DeepSeek-V3-int4")
     quantize.add_argument("--model", metavar="DIR", required=True, help="a checkpoint in bf16 or FP8; never changed")
@@ -116,6 +132,25 @@ def _verb(verbs, name: str, run, text: str, gin: bool = False, example: str = ""
         parser.add_argument("--gin_file", action="append", default=[], metavar="FILE",
                             help="a gin file, or the name of a packaged one (repeatable, later ones win)")
     return parser
+
+
+def _adapted(parser: argparse.ArgumentParser):
+    """Which model with which adapter: a run's, or any."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", metavar="DIR", dest="run_dir", help="a run: its base and its newest adapter")
+    which.add_argument("--model", metavar="DIR", help="a checkpoint directory, with --adapter")
+    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter, kjax's or another's; with --run one of its "
+                        "checkpoints/STEP/adapter instead of the newest")
+
+
+def _model_and_adapter(args) -> tuple[str, str | os.PathLike]:
+    if args.run_dir:
+        from kjax import chat
+        config, adapter = chat.run_settings(args.run_dir)
+        return config.model.directory, args.adapter or adapter
+    if not args.adapter:
+        raise KjaxError("--model needs --adapter DIR, the adapter to put on it; a run has its own (--run)")
+    return args.model, args.adapter
 
 
 def _positive(text: str) -> int:
@@ -190,6 +225,18 @@ def _plan(args) -> int:
     else:
         result.print()
     return EXIT_WRONG if args.check and not result.fits else 0
+
+
+def _export(args) -> int:
+    from kjax.export import export
+    print(export(*_model_and_adapter(args), args.out, layout=args.layout, dtype=args.dtype, base_name=args.base_name))
+    return 0
+
+
+def _merge(args) -> int:
+    from kjax.merge import merge
+    print(merge(*_model_and_adapter(args), args.out, rounding=args.rounding))
+    return 0
 
 
 def _quantize(args) -> int:
