@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from ext_oracle import FORMATS, bits, make_layer, oracle, relative_l2, round_bf16, route, values
@@ -255,3 +256,38 @@ def test_kernel_files_share_no_code(tmp_path):
             source.name,
             exported,
         )
+
+
+@pytest.mark.parametrize("fmt", ["fp8_block", "fp8_channel", "int8_group128", "int4_group32"])
+def test_every_code_is_exact(isa, fmt):
+    """Column 0 of W_down holds every code, subnormals included; h and dy are powers of two, so nothing else rounds."""
+    rows, cols = 256, 128
+    codes = np.zeros((rows, cols), np.uint8)
+    codes[:, 0] = np.arange(rows) & (15 if fmt == "int4_group32" else 255)
+    if fmt.startswith("fp8"):
+        codes[codes[:, 0] & 127 == 127, 0] = 0
+        one, numbers = 0x38, codes[:, 0].view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    elif fmt == "int8_group128":
+        one, numbers = 1, codes[:, 0].view(np.int8).astype(np.float64)
+    else:
+        one, numbers = 9, codes[:, 0].astype(np.float64) - 8
+    zero = 8 if fmt == "int4_group32" else 0
+    codes[:, 1:] = zero
+    gate = np.full((cols, rows), zero, np.uint8)
+    gate[0, 0] = one  # g[0] = u[0] = x[0] = 32, and silu(32) is 32
+    store = _ext.Store(1, 1, rows, cols, fmt)
+    for projection, stored in enumerate([gate, gate, codes]):
+        if fmt == "int4_group32":
+            stored = stored[:, ::2] | stored[:, 1::2] << 4
+        scales = np.ones(rows * cols, np.float32 if fmt.startswith("fp8") else ml_dtypes.bfloat16)
+        buffers = [store.add_buffer(np.frombuffer(a.tobytes(), np.uint8)) for a in (stored, scales)]
+        store.place(0, projection, np.full(1, buffers[0], np.int32), np.zeros(1, np.int64),
+                    np.full(1, buffers[1], np.int32), np.zeros(1, np.int64))  # fmt: skip
+    for tokens in (1, 20, rows):
+        x, dy = np.zeros((tokens, rows), np.float32), np.eye(tokens, rows, dtype=np.float32)
+        x[:, 0] = 32
+        idx, ones = np.zeros((tokens, 1), np.int32), np.ones((tokens, 1), np.float32)
+        y, slip = _ext.forward(store.id, 0, x, idx, ones, True)
+        _, dgate = _ext.backward(store.id, 0, slip, x, idx, ones, dy)
+        np.testing.assert_array_equal(y, np.tile(1024 * numbers, (tokens, 1)))
+        np.testing.assert_array_equal(dgate[:, 0], 1024 * numbers[:tokens])
