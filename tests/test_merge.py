@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 import kjax
 from kjax import adapters, lora
+from kjax.cli import main
 from kjax.errors import CheckpointError, ConfigError
 from kjax.export import export
 from kjax.merge import merge
@@ -257,3 +258,16 @@ def test_memory_does_not_grow_with_a_weight(tmp_path):
     # A band of 2 M numbers as fp32 with some twelve temporaries.
     assert peak[0] - start < 13 * 4 * stored.NUMBERS, f"{(peak[0] - start) / 1e6:.0f} MB"
     assert writer.WORKERS * 13 * 4 * stored.NUMBERS < 4e9
+
+
+def test_the_command_line(whole, tmp_path, capsys):
+    adapter = write_adapter(tmp_path / "a", whole)
+    for verb, *options in (("export", "--adapter", adapter, "--layout", "fused"), ("merge", "--adapter", adapter),
+                           ("quantize", "--format", "int8")):
+        target = tmp_path / verb
+        assert main([verb, "--model", str(whole), "--out", str(target), *map(str, options)]) == 0
+        assert str(target) in capsys.readouterr().out and target.is_dir()
+        assert main([verb, "--model", str(whole), "--out", str(target), *map(str, options)]) == 2
+        assert "already exists" in capsys.readouterr().err
+    assert main(["merge", "--model", str(whole), "--out", str(tmp_path / "no")]) == 2
+    assert "--adapter DIR" in capsys.readouterr().err
