@@ -88,11 +88,17 @@ def _parser() -> argparse.ArgumentParser:
         dest="what", metavar="VERB", required=True)
     _verb(config, "show", _config_show, "print every setting and where it comes from", gin=True)
 
-    plan = _verb(verbs, "plan", _plan, "memory and work of a run, from config.json alone", gin=True)
+    plan = _verb(verbs, "plan", _plan, "memory, work and time of a run, from config.json alone", gin=True)
     plan.add_argument("--model", metavar="PATH", help="sets Model.directory: a checkpoint directory or a config.json")
-    plan.add_argument("--host_gb", type=float, metavar="GB", help="plan for this much main memory, not this machine's")
-    plan.add_argument("--device_gb", type=float, metavar="GB", help="plan for a GPU with this much memory")
-    plan.add_argument("--check", action="store_true", help=f"exit with {EXIT_WRONG} where the run does not fit")
+    plan.add_argument("--machine", metavar="NAME", help="a named machine, a JSON file, or `here`, whose speeds are "
+                      "measured; without it: the free memory of this machine and no times")
+    for name, metavar, text in (
+            ("host_gb", "GB", "plan for this much main memory"), ("device_gb", "GB", "plan for a GPU with this much "
+             "memory; 0: for none"), ("host_tflops", "X", "what the experts' kernels reach on all cores"),
+            ("host_gbs", "GB/s", "what all cores read from memory"), ("device_tflops", "X", "what matrix products "
+             "outside the experts reach"), ("device_gbs", "GB/s", "of the device's memory"),
+            ("pcie_gbs", "GB/s", "between main memory and device")):
+        plan.add_argument(f"--{name}", type=_not_negative, metavar=metavar, help=text)
     plan.add_argument("--json", action="store_true", help="print JSON")
 
     export = _verb(verbs, "export", _export, "write an adapter as PEFT files for other programs",
@@ -159,6 +165,12 @@ def _positive(text: str) -> int:
     return value
 
 
+def _not_negative(text: str) -> float:
+    if not (value := float(text)) >= 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return value
+
+
 def _train(args) -> int:
     from kjax import gin_config
     config = gin_config.load(args.gin_file, args.bindings)
@@ -219,12 +231,17 @@ def _plan(args) -> int:
     bindings = ([f"Model.directory={args.model!r}"] if args.model else []) + args.bindings
     config = gin_config.load(args.gin_file, bindings, fallback={"Data.dataset": "unused", "Train.run_dir": "unused"})
     from kjax import plan
-    result = plan.plan(config, plan.machine(host_gb=args.host_gb, device_gb=args.device_gb))
+    scaled = {"host_peak": args.host_tflops and args.host_tflops * 1e12,
+              "host_bandwidth": args.host_gbs and args.host_gbs * 1e9,
+              "device_peak": args.device_tflops and args.device_tflops * 1e12,
+              "device_bandwidth": args.device_gbs and args.device_gbs * 1e9, "pcie": args.pcie_gbs and
+              args.pcie_gbs * 1e9}
+    result = plan.plan(config, plan.machine(args.machine, args.host_gb, args.device_gb, **scaled))
     if args.json:
         print(json.dumps(result.as_dict(), indent=2))
     else:
         result.print()
-    return EXIT_WRONG if args.check and not result.fits else 0
+    return 0 if result.fits else EXIT_WRONG
 
 
 def _export(args) -> int:

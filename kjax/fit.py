@@ -30,7 +30,8 @@ class _Compiled:
     """
 
     def __init__(self, function: Callable, interrupts: Interrupts, *, donate: tuple = ()):
-        self._jitted, self._interrupts = jax.jit(function, donate_argnums=donate), interrupts
+        self._interrupts = interrupts
+        self._jitted = jax.jit(function, donate_argnums=donate, compiler_options=step.compiler_options())
         self._by_shape: dict[tuple, Callable] = {}
 
     def prepare(self, *args) -> None:

@@ -109,19 +109,24 @@ def test_config_show(job, capsys):
 
 def test_plan(job, capsys):
     arguments = ["plan", "--model", str(job / "model"), "--gin.Data.max_length=64", "--gin.Lora.rank=2"]
-    assert cli.main([*arguments, "--check", "--host_gb", "64", "--device_gb", "64"]) == 0
+    assert cli.main([*arguments, "--host_gb", "64", "--device_gb", "64"]) == 0
     assert "fits" in capsys.readouterr().out
-    assert cli.main([*arguments, "--json", "--host_gb", "1"]) == 0  # over-full, but nobody asked
+    assert cli.main([*arguments, "--json", "--host_gb", "1"]) == 2
     assert json.loads(capsys.readouterr().out)["fits"] is False
-    assert cli.main([*arguments, "--check", "--host_gb", "1"]) == 2
+    assert cli.main([*arguments, "--host_gb", "1"]) == 2
     assert "does not fit" in capsys.readouterr().out
+    assert cli.main([*arguments, "--machine", "epyc-9654-4090", "--pcie_gbs", "1", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["machine"]["pcie"] == 1e9 and facts["time"]["transfers"] > 0
+    assert cli.main([*arguments, "--machine", "nothing"]) == 2
+    assert "epyc-9654-4090" in capsys.readouterr().err
     assert cli.main(["plan"]) == 2
     assert "Model.directory is not set" in capsys.readouterr().err
 
 
 def test_plan_of_a_published_model(shared_data, capsys):
     path = shared_data / "configs" / "deepseek_r1.json"
-    assert cli.main(["plan", "--model", str(path), "--gin_file", "deepseek_v3.gin", "--json", "--check",
+    assert cli.main(["plan", "--model", str(path), "--gin_file", "deepseek_v3.gin", "--json",
                      "--host_gb", "1000", "--device_gb", "80"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["parameters"]["total"] == 671_026_419_200 and facts["work"]["tokens"] == 8192

@@ -159,7 +159,8 @@ class Transformer(nn.Module):
         layers = {}
         for stack, length in (("dense_layers", c.num_dense_layers), ("moe_layers", c.num_moe_layers)):
             if length:
-                body = nn.remat(Layer, policy=jax.checkpoint_policies.save_only_these_names(SAVED), prevent_cse=False)
+                body = nn.remat(Layer, policy=jax.checkpoint_policies.save_only_these_names(SAVED),
+                                prevent_cse=length == 1)
                 scan = nn.scan(body, variable_axes={"params": 0, "lora": 0}, length=length,
                                split_rngs={"params": True, "dropout": True},
                                in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast), out_axes=0)

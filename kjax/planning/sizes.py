@@ -1,0 +1,156 @@
+"""Bytes and operations of a run that follow from the shapes of its model: main memory, disk, the experts' work."""
+
+import math
+
+import jax.numpy as jnp
+
+from kjax.config import Config
+from kjax.lora import size
+from kjax.models import ModelConfig
+from kjax.planning.formats import Format
+from kjax.planning.machine import Machine
+from kjax.planning.report import Row
+
+PROGRAM = 2**30  # of the host: Python, JAX, compiled code; 0.6 to 0.9 GB were seen
+STASH_SHARE = 0.9  # of what is free beside everything else: the proposal for Model.stash_gb
+STATE_BYTES = 16  # of a trained number: master, gradient and two moments, fp32
+PARTS = (("routed experts", "/mlp/experts/"), ("shared experts", "/mlp/shared_experts/"), ("router", "/mlp/gate/"),
+         ("attention", "/self_attn/"), ("dense layers", "dense_layers/mlp/"), ("embedding", "embed_tokens/"),
+         ("output head", "lm_head/"), ("norms", "norm"))
+
+
+def parameters(shapes: dict) -> tuple[Row, ...]:
+    """Numbers per part of the model, in total, and outside the routed experts."""
+    counts: dict[str, int] = {}
+    for name, leaf in shapes.items():
+        part = next((part for part, mark in PARTS if mark in f"{name}/"), "norms")
+        counts[part] = counts.get(part, 0) + math.prod(leaf.shape)
+    rows = [Row(part, counts[part]) for part, _ in PARTS if part in counts]
+    return (*rows, Row("total", sum(counts.values())), Row("outside the routed experts",
+            sum(counts.values()) - counts.get("routed experts", 0)))
+
+
+class Sizes:
+    """The routed experts of one run and what surrounds them.
+
+    shapes: path -> leaf of the params tree with the experts on the device.  trained: numbers per group.
+    """
+
+    def __init__(self, config: Config, model: ModelConfig, shapes: dict, experts: Format, others: Format,
+                 trained: dict[str, int]):
+        self.config, self.model, self.format, self.trained = config, model, experts, trained
+        self.hosted = config.model.experts == "host" and model.num_moe_layers > 0
+        self.tokens = config.train.rows_per_step * config.data.max_length
+        self.itemsize = jnp.dtype(config.model.dtype).itemsize
+        self.routes = self.tokens * model.num_experts_per_tok
+        routed = {name: leaf for name, leaf in shapes.items() if "/mlp/experts/" in name}
+        self.experts = sum(math.prod(leaf.shape[:2]) * experts.bytes(*leaf.shape[2:]) for leaf in routed.values())
+        self.expert_parameters = sum(math.prod(leaf.shape) for leaf in routed.values())
+        self.others = 0
+        for name, leaf in shapes.items():
+            if name not in routed and "_proj" in name.split("/")[-2] and len(leaf.shape) == 3:
+                self.others += leaf.shape[0] * others.bytes(*leaf.shape[1:])
+            elif name not in routed:
+                kind = 4 if name.endswith("e_score_correction_bias") else 2 if others.bits <= 16 else 4
+                self.others += math.prod(leaf.shape) * kind
+        # Kept from forward to backward: gate and up activations of every route, in the type of the computation.
+        kept = 4 if experts.bits == 32 else 2
+        self.stash_need = 2 * model.moe_intermediate_size * self.routes * kept * model.num_moe_layers * self.hosted
+
+    @property
+    def expert_adapters(self) -> int:
+        """Numbers of the adapters on routed experts."""
+        return self.trained.get("experts", 0)
+
+    def resident(self, on: Machine) -> bool:
+        """Whether the experts are copied to memory of the process; "auto" maps where the copy does not fit."""
+        mode = getattr(self.config.model, "storage", "mapped")
+        return mode == "resident" or (mode == "auto" and self.experts + self._beside(on) + PROGRAM <= on.host)
+
+    @property
+    def call(self) -> int:
+        """x, y, dy and dx of one layer, and the fp32 sums of one of them."""
+        return self.tokens * self.model.hidden_size * (4 * self.itemsize + 4) * self.hosted
+
+    def _beside(self, on: Machine) -> int:
+        return self.call + (STATE_BYTES * self.expert_adapters if on.device is not None else 0)
+
+    def stash(self, on: Machine, device_part: float) -> int:
+        """Bytes of the stash: as set, else what is free beside all the rest."""
+        if self.config.model.stash_gb is not None:
+            return int(min(self.stash_need, self.config.model.stash_gb * 1e9))
+        free = on.host - self.experts * self.hosted - self._beside(on) - PROGRAM - device_part
+        return int(min(self.stash_need, max(0, free * STASH_SHARE)))
+
+    def host(self, on: Machine, device_part: float) -> tuple[list[Row], list[Row]]:
+        """(memory of the process, page cache). device_part: bytes of what is not the experts, if the CPU runs it."""
+        rows, cache = [], []
+        if self.hosted:
+            if self.resident(on):
+                rows.append(Row("routed experts", self.experts, f"{self.format.name}, copied to huge pages"))
+            else:
+                cache.append(Row("routed experts", self.experts, f"{self.format.name}, as they lie in the files"))
+            stash = self.stash(on, device_part)
+            note = "gate and up activations from forward to backward"
+            if stash < self.stash_need:
+                note = f"of {size(self.stash_need)} wanted: {1 - stash / self.stash_need:.0%} of routes computed twice"
+            elif self.config.model.stash_gb is None:
+                note += f"; set Model.stash_gb = {math.ceil(stash / 1e9)}"
+            rows += [Row("stash", stash, note),
+                     Row("expert activations", self.call, "of the layer at work")]
+            if self.expert_adapters and on.device is not None:
+                rows.append(Row("expert adapters", STATE_BYTES * self.expert_adapters,
+                                "masters, gradients and two Adam moments, fp32"))
+        rows.append(Row("program", PROGRAM, "Python, JAX and compiled code"))
+        if on.device is None:
+            rows.append(Row("device part", device_part, "JAX runs on the CPU"))
+        elif getattr(self.config.model, "weights", "full") != "full":
+            table = self.model.vocab_size * self.model.hidden_size * self.itemsize
+            rows.append(Row("embedding table", table, "gathered for each batch"))
+        return rows, cache
+
+    def disk(self) -> list[Row]:
+        adapter = sum(self.trained.values()) * 4
+        saved = adapter * 4 * self.config.train.keep  # the state has masters and two moments, and the adapter beside it
+        return [Row("checkpoint of the base", self.experts + self.others,
+                    f"experts {self.format.name}; without MTP layers"),
+                Row("adapter", adapter, "PEFT, fp32"), Row("saved states", saved, f"{self.config.train.keep} kept")]
+
+    # Work.
+
+    @property
+    def route_operations(self) -> float:
+        """Of one direction, all routes and layers: 6 D F for a route."""
+        return 6.0 * self.model.hidden_size * self.model.moe_intermediate_size * self.routes * self.model.num_moe_layers
+
+    @property
+    def share_met(self) -> float:
+        """Of the experts that a step's tokens meet, were the routing uniform."""
+        return 1 - (1 - self.model.num_experts_per_tok / self.model.n_routed_experts) ** self.tokens
+
+    def missed(self, stash: float) -> float:
+        """The share of routes whose activations are computed again."""
+        return 1 - stash / self.stash_need if self.stash_need else 0.0
+
+    def adapter_operations(self) -> float:
+        """Of the adapters on routed experts, forward, backward and their gradients, all routes and layers: 2 R
+        numbers of A and of B for each of three products."""
+        experts = self.model.n_routed_experts * self.model.num_moe_layers
+        return 3 * 2.0 * self.expert_adapters / experts * self.routes * self.model.num_moe_layers
+
+    def work(self, operations: float, stash: float) -> list[Row]:
+        rows = [Row("tokens", self.tokens, "places; packing fills almost all of them"),
+                Row("device operations", operations, "matrix products, forward, recompute and backward")]
+        if self.hosted:
+            again = self.missed(stash) * self.route_operations * 2 / 3
+            rows += [Row("host operations", 2 * self.route_operations, "the experts, forward and backward to x"),
+                     Row("tokens per expert", self.routes / self.model.n_routed_experts, "on average"),
+                     Row("expert bytes read", 2.0 * self.share_met * self.experts, "once forward, once backward")]
+            if again:
+                rows.append(Row("host operations again", again, "gate and up, where the stash is full"))
+            if self.expert_adapters:
+                rows.append(Row("expert adapter operations", self.adapter_operations()))
+            if self.config.model.experts == "host":
+                rows.append(Row("bytes to and from the host", 5.0 * self.tokens * self.model.hidden_size * self.itemsize
+                                * self.model.num_moe_layers, "x, y; x, dy, dx: over PCIe where there is a device"))
+        return rows

@@ -1,0 +1,118 @@
+"""Memory read off a jaxpr: functions small enough to count by hand, and whole train steps against XLA's own account."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plan_shapes
+import pytest
+
+from kjax import plan, step
+from kjax.models import ModelConfig
+from kjax.planning import memory
+
+A = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+SIZE = 64 * 64 * 4
+
+
+def temporaries(f, *args, donated=()):
+    return memory.usage(jax.make_jaxpr(f)(*args), donated).temporaries / SIZE
+
+
+def test_products_and_fused_operations():
+    assert temporaries(lambda a: a @ a, A) == 1
+    assert temporaries(lambda a: (a @ a) @ a, A) == 2  # the second needs the first
+    assert temporaries(lambda a: ((a @ a) @ a) @ a, A) == 2  # the first is gone
+    assert temporaries(lambda a: (a * 2 + 1) @ a, A) == 2  # a product reads memory
+    assert temporaries(lambda a: (a @ a) + 1, A) == 2  # no place of a product's result is taken
+    assert temporaries(lambda a: a * 2 + 1, A) == 1  # the doubled matrix never exists
+    assert temporaries(lambda a: jnp.sum(a * 2), A) == pytest.approx(1, abs=0.01)  # a reduction reads memory
+    assert temporaries(lambda a: (a @ a, a @ a)[0], A) == 1  # nobody reads the second
+    assert temporaries(lambda a: a + 1, A, donated=[True]) == 0
+
+
+def test_operands_are_laid_out_as_a_product_wants_them():
+    heads = jax.ShapeDtypeStruct((8, 8, 64), jnp.float32)  # as large as A; the result is an eighth of it
+    assert temporaries(lambda q, k: jnp.einsum("bij,bkj->bik", q, k), heads, heads) == 1 / 8
+    assert temporaries(lambda q, k: jnp.einsum("ibj,kbj->bik", q, k), heads, heads) == 1 / 8 + 2
+    assert temporaries(lambda a, b: jax.lax.dot_general(a, b, (((1,), (0,)), ((), ()))), A, A) == 1
+    assert temporaries(lambda a, b: jax.lax.dot_general(a, b, (((0,), (0,)), ((), ()))), A, A) == 2
+
+
+def test_what_is_dear_is_kept_for_its_readers():
+    def read_thrice(f):
+        return temporaries(lambda a: ((e := f(a)) * a) @ (e + a) @ (e - a), A)
+    assert read_thrice(jnp.exp) == 4  # the first product, its operands, and the exponential for the second
+    assert read_thrice(lambda a: a * 2) == 3  # computed anew
+    assert read_thrice(lambda a: a / jnp.sum(a)) == pytest.approx(3, abs=0.01)  # a product with an inverse
+
+
+def test_loops():
+    def stacked(a):
+        return jax.lax.scan(lambda c, _: (c @ a, c), a, None, length=5)
+    assert temporaries(stacked, A) == 5 + 2  # five outputs, the carry and its successor
+
+    def carried(a):
+        return jax.lax.scan(lambda c, _: (c @ a, None), a, None, length=5)[0]
+    assert temporaries(carried, A) == 2
+
+    def sliced(stack, a):
+        return jax.lax.scan(lambda c, w: (c @ w, None), a, stack)[0]
+    # The carry, its successor, and the slice that the product reads.
+    assert temporaries(sliced, jax.ShapeDtypeStruct((5, 64, 64), jnp.float32), A) == 3
+
+    def branches(a):
+        return jax.lax.cond(a[0, 0] > 0, lambda a: (a @ a) @ a, lambda a: a @ a, a)
+    assert temporaries(branches, A) == pytest.approx(2, abs=0.01)
+
+
+def test_a_rematerialised_layer():
+    def loss(w, checkpoint, length):
+        f = lambda x, _: (jnp.tanh(jnp.tanh(x @ w) @ w), None)  # noqa: E731
+        return jnp.sum(jax.lax.scan(jax.checkpoint(f) if checkpoint else f, jnp.ones((64, 64)), None, length)[0])
+
+    def usage(checkpoint, length, **options):
+        return memory.usage(jax.make_jaxpr(jax.grad(lambda w: loss(w, checkpoint, length)))(A), **options)
+    kept, recomputed = usage(False, 8), usage(True, 8)
+    assert recomputed.saved == 8 * SIZE  # layer inputs
+    assert kept.saved > 2 * recomputed.saved
+    assert kept.peak > recomputed.peak
+
+
+def test_operations():
+    def f(a):
+        return jax.lax.scan(lambda c, _: (jnp.einsum("ij,kj->ik", c, a), None), a, None, length=3)[0]
+    assert memory.operations(jax.make_jaxpr(f)(A)) == 3 * 2 * 64**3
+    assert memory.operations(jax.make_jaxpr(lambda a: jnp.einsum("bij,bjk->bik", a, a))(
+        np.ones((2, 3, 3), np.float32))) == 2 * 2 * 27
+
+
+def ratio(config, content) -> tuple[float, str]:
+    """Planned over compiled: arguments, outputs that are not written over arguments, and temporaries."""
+    transport = "ffi" if jax.default_backend() == "cpu" else "pure_callback"
+    run, args = plan.abstract_step(config, ModelConfig.from_json(content), transport)
+    jaxpr = jax.make_jaxpr(run)(*args)
+    planned = memory.usage(jaxpr, [True] * len(jax.tree.leaves(args[0])), merge=jax.default_backend() == "cpu")
+    jitted = jax.jit(run, donate_argnums=0, keep_unused=True, compiler_options=step.compiler_options())
+    found = jitted.lower(*args).compile().memory_analysis()
+    compiled = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes \
+        - found.alias_size_in_bytes
+    assert planned.arguments == found.argument_size_in_bytes
+    return planned.peak / compiled, f"planned {planned}, compiled {found}"
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the shapes are drawn for the CPU backend")
+@pytest.mark.parametrize("number", range(len(plan_shapes.KINDS)), ids=plan_shapes.KINDS)
+def test_planned_memory_is_what_xla_allocates(pytestconfig, number):
+    _, content, bindings = plan_shapes.draw(pytestconfig.getoption("--seed"), number)
+    found, text = ratio(plan_shapes.settings("config.json", bindings), content)
+    assert 0.97 <= found <= 1.10, text
+
+
+@pytest.mark.skipif(jax.default_backend() == "cpu", reason="no GPU here")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("number", range(len(plan_shapes.KINDS)), ids=plan_shapes.KINDS)
+def test_planned_memory_on_a_gpu(pytestconfig, number, dtype):
+    """A GPU fuses more than the rules say, so the plan may be above; it must not be below."""
+    _, content, bindings = plan_shapes.draw(pytestconfig.getoption("--seed"), number)
+    found, text = ratio(plan_shapes.settings("config.json", bindings, dtype), content)
+    assert found >= 0.97, text
