@@ -107,7 +107,7 @@ def plan(config: Config, on: Machine) -> Plan:
         table = lora.table(spec, models.linears(model), int(counts[-2].amount))
         trained = {row.group: row.parameters for row in table.rows[:-1]}
         of_run = sizes.Sizes(changed, model, shapes, experts, others, trained)
-        host, cache = of_run.host(machine, found.total)
+        host, cache = of_run.host(machine, 0 if machine.device is not None else found.total)
         return of_run, host, cache, _device(found, machine), found, table
 
     of_run, host, cache, device, found, table = needs(config, on)

@@ -9,6 +9,7 @@ import pytest
 
 from kjax import gin_config, plan
 from kjax.errors import CheckpointError
+from kjax.startup import CONTEXT
 
 ITEMSIZE = {"F8_E4M3": 1, "BF16": 2, "F32": 4, "F16": 2}
 TINY = {
@@ -118,14 +119,14 @@ def test_what_does_not_fit_on_the_device_names_a_true_knob(tiny):
     config = settings(tiny, "Train.rows_per_step=4", "Train.micro_rows=4")
     roomy = plan.plan(config, plan.Machine(int(64e9), int(64e9), 0.75))
     assert roomy.fits
-    need = int(sum(row.amount for row in roomy.device))
+    arrays = int(sum(row.amount for row in roomy.device)) - CONTEXT
 
-    tight = plan.plan(config, plan.Machine(int(64e9), int(need / 0.9), 0.75))
-    assert "Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95".replace("Set ", "It fits with ") in tight.problems[0]
-    on = plan.Machine(int(64e9), need - int(3e6), 1.0)
+    tight = plan.plan(config, plan.Machine(int(64e9), int(64e9), 0.9 * arrays / 64e9))
+    assert tight.problems[0].endswith("It fits with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment")
+    on = plan.Machine(int(64e9), int(0.8 * arrays) + CONTEXT, 1.0)
     changes = knob(plan.plan(config, on).problems[0])
     assert plan.plan(settings(tiny, "Train.rows_per_step=4", "Train.micro_rows=4", *changes), on).fits
-    hopeless = plan.plan(config, plan.Machine(int(64e9), int(1.1e9), 0.75))
+    hopeless = plan.plan(config, plan.Machine(int(64e9), int(0.01 * arrays) + CONTEXT, 0.75))
     assert "use a GPU with more memory" in hopeless.problems[0]
 
 

@@ -84,8 +84,9 @@ def _steps(config: Config) -> Iterator[dict]:
 
 def _named(config: Config, on: Machine, change: dict):
     new = config
-    for (group, field), value in change.items():
-        new = dataclasses.replace(new, **{group: dataclasses.replace(getattr(new, group), **{field: value})})
+    for group in {group for group, _ in change}:
+        fields = {field: value for (of, field), value in change.items() if of == group}
+        new = dataclasses.replace(new, **{group: dataclasses.replace(getattr(new, group), **fields)})
     names = [f"{group.capitalize()}.{field} = {value!r}" for (group, field), value in change.items()
              if getattr(getattr(config, group), field) != value]
     if names:
