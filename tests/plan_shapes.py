@@ -4,7 +4,8 @@ import random
 
 from kjax import gin_config
 
-KINDS = ("plain", "long rows", "no q_lora", "chunked loss", "wide mlp", "adapters everywhere", "dropout", "one group")
+KINDS = ("wide mlp", "long rows", "no q_lora", "chunked loss", "grouped queries", "grouped queries, long rows",
+         "nf4", "8 bits")
 
 
 def draw(seed: int, number: int) -> tuple[str, dict, list[str]]:
@@ -22,21 +23,21 @@ def draw(seed: int, number: int) -> tuple[str, dict, list[str]]:
     rows = rng.choice((4, 8))
     train = {"Train.rows_per_step": rows, "Data.max_length": rng.choice((128, 256)), "Train.loss_chunk": 256,
              "Train.micro_rows": rng.choice((1, 2, rows))}
-    if kind == "long rows":
-        train |= {"Train.rows_per_step": 2, "Train.micro_rows": 1, "Data.max_length": rng.choice((1024, 1536))}
-    elif kind == "no q_lora":
+    if kind == "no q_lora":
         content |= {"q_lora_rank": None}
     elif kind == "chunked loss":
         content |= {"vocab_size": rng.choice((16384, 24576))}
         train |= {"Train.loss_chunk": rng.choice((128, 256, 512))}
     elif kind == "wide mlp":
         content |= {"intermediate_size": 4096}
-    elif kind == "adapters everywhere":
-        train |= {"Lora.targets": ("attention", "shared", "dense"), "Lora.rank": rng.choice((16, 32))}
-    elif kind == "dropout":
-        train |= {"Lora.dropout": 0.1}
-    elif kind == "one group":
-        train |= {"Train.micro_rows": rows, "Data.max_length": 512}
+    elif kind in ("nf4", "8 bits"):
+        train |= {"Model.weights": kind.replace(" bits", "bit")}
+    if kind.startswith("grouped queries"):
+        content |= {"model_type": "glm4_moe", "num_attention_heads": 2 * heads, "num_key_value_heads": heads // 2,
+                    "head_dim": nope, "attention_bias": True, "use_qk_norm": rng.choice((True, False)),
+                    "partial_rotary_factor": 0.5, "n_group": 1}
+    if kind.endswith("long rows"):
+        train |= {"Train.rows_per_step": 2, "Train.micro_rows": 1, "Data.max_length": rng.choice((1024, 1536))}
     return kind, content, [f"{name}={value!r}" for name, value in train.items()]
 
 
