@@ -50,10 +50,15 @@ class Traced(NamedTuple):
 
 
 def abstract_step(config: Config, model: models.ModelConfig, transport: str = "pure_callback"):
-    """(step, its arguments): the train step of a run and the shapes it is called with; the state comes first."""
+    """(step, its arguments): the train step of a run and the shapes it is called with; the state comes first.
+
+    Adapters of routed experts that live on the host are left out: they are no part of what the device runs.
+    """
     settings, dtype = config.train, jnp.dtype(config.model.dtype)
     linears = models.linears(model)
     spec = lora.resolve(config.lora, linears)
+    if config.model.experts == "host":
+        spec = lora.LoraSpec(tuple((path, adapter) for path, adapter in spec.entries if lora.group(path) != "experts"))
     store = _Store(model.hidden_size, transport) if config.model.experts == "host" and model.num_moe_layers else None
     module = models.Transformer(model, lora=spec, dtype=dtype, store=store, micro_rows=settings.micro_rows)
     transform = optimizer.optimizer(config.optimizer, LONG_RUN)
@@ -99,7 +104,7 @@ def plan(config: Config, on: Machine) -> Plan:
     def needs(changed: Config, machine: Machine):
         # The settings that change what is traced.
         key = repr((changed.train, changed.data.max_length, changed.model.dtype, changed.model.experts,
-                    getattr(changed.model, "weights", None)))
+                    changed.model.weights, machine.device is None))
         if key not in traces:
             traces[key] = traced(changed, model, machine.device is None)
         found = traces[key]

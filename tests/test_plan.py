@@ -21,7 +21,8 @@ TINY = {
 
 
 def settings(path, *bindings):
-    common = [f"Model.directory={str(path)!r}", "Data.max_length=512", "Train.micro_rows=4"]
+    common = [f"Model.directory={str(path)!r}", "Model.storage='mapped'", "Data.max_length=512",
+              "Train.micro_rows=4"]
     return gin_config.load((), [*common, *bindings],
                            fallback={"Data.dataset": "x", "Train.run_dir": "x"})
 
@@ -156,6 +157,29 @@ def test_the_stash_is_proposed_from_free_memory_and_a_smaller_one_has_a_price(ti
     tight = plan.plan(settings(tiny, *many), plan.Machine(int(least), int(64e9), 0.75, **speeds))
     assert tight.fits and 0.3 * need < amounts(tight.host)["stash"] < 0.5 * need
     assert amounts(tight.time)["experts, again"] > 0 and amounts(tight.work)["host operations again"] > 0
+
+
+def test_experts_are_memory_of_the_process_where_they_are_copied(shared_data):
+    path = shared_data / "configs" / "deepseek_v2_lite.json"
+
+    def tables(host_gb, *bindings):
+        made = plan.plan(settings(path, *bindings), plan.Machine(int(host_gb * 1e9), int(80e9)))
+        return amounts(made.host), amounts(made.cache)
+    for host_gb, bindings in ((200, ["Model.storage='auto'"]), (40, ["Model.storage='resident'"])):
+        host, cache = tables(host_gb, *bindings)
+        assert host["routed experts"] > 28e9 and not cache
+    host, cache = tables(34, "Model.storage='auto'")  # more than four fifths of it
+    assert cache["routed experts"] > 28e9 and "routed experts" not in host
+
+
+def test_adapters_of_experts_are_sixteen_bytes_a_number_on_the_host(shared_data):
+    path = shared_data / "configs" / "deepseek_v2_lite.json"
+    made = plan.plan(settings(path, "Lora.targets=('attention', 'experts')"), plan.Machine(int(2e11), int(80e9)))
+    numbers = 26 * 64 * 3 * 8 * (2048 + 1408)  # layers, experts, projections, rank, widths
+    assert amounts(made.host)["expert adapters"] == 16 * numbers
+    without = plan.plan(settings(path), plan.Machine(int(2e11), int(80e9)))
+    assert amounts(made.device) == amounts(without.device)
+    assert amounts(made.disk)["adapter"] == amounts(without.disk)["adapter"] + 4 * numbers
 
 
 def test_a_small_stash_costs_recomputation(tiny):

@@ -60,7 +60,7 @@ def _knobs(config: Config, on: Machine) -> Iterator[tuple[Config, Machine, str]]
 
 def _steps(config: Config) -> Iterator[dict]:
     train, model = config.train, config.model
-    if getattr(model, "storage", "mapped") == "resident":
+    if model.storage == "resident":
         yield {("model", "storage"): "mapped"}
     if model.stash_gb is None or model.stash_gb > 0:
         yield {("model", "stash_gb"): 0.0}
@@ -69,9 +69,8 @@ def _steps(config: Config) -> Iterator[dict]:
         yield {("train", "micro_rows"): 1}
     if train.loss_chunk > 256:
         yield {("train", "loss_chunk"): 256}
-    if hasattr(model, "weights"):
-        for weights in ("8bit", "nf4")[{"full": 0, "8bit": 1}.get(model.weights, 2):]:
-            yield {("model", "weights"): weights}
+    for weights in ("8bit", "nf4")[{"full": 0, "8bit": 1}.get(model.weights, 2):]:
+        yield {("model", "weights"): weights}
     rows = train.rows_per_step
     while rows > 1:
         rows //= 2

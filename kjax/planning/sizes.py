@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from kjax.config import Config
 from kjax.lora import size
 from kjax.models import ModelConfig
+from kjax.offload.storage import FREE_SHARE
 from kjax.planning.formats import Format
 from kjax.planning.machine import Machine
 from kjax.planning.report import Row
@@ -63,9 +64,10 @@ class Sizes:
         return self.trained.get("experts", 0)
 
     def resident(self, on: Machine) -> bool:
-        """Whether the experts are copied to memory of the process; "auto" maps where the copy does not fit."""
-        mode = getattr(self.config.model, "storage", "mapped")
-        return mode == "resident" or (mode == "auto" and self.experts + self._beside(on) + PROGRAM <= on.host)
+        """Whether the experts are copied to memory of the process; "auto" does in a long run (docs/storage.md)."""
+        mode = self.config.model.storage
+        fits = self.experts + self._beside(on) + PROGRAM <= on.host
+        return mode == "resident" or (mode == "auto" and fits and self.experts <= FREE_SHARE * on.host)
 
     @property
     def call(self) -> int:
@@ -104,7 +106,7 @@ class Sizes:
         rows.append(Row("program", PROGRAM, "Python, JAX and compiled code"))
         if on.device is None:
             rows.append(Row("device part", device_part, "JAX runs on the CPU"))
-        elif getattr(self.config.model, "weights", "full") != "full":
+        elif self.config.model.weights != "full":
             table = self.model.vocab_size * self.model.hidden_size * self.itemsize
             rows.append(Row("embedding table", table, "gathered for each batch"))
         return rows, cache
