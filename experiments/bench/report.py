@@ -106,8 +106,13 @@ def roofline(rows: list[dict], path: Path):
         axes.set(xlabel="operations per byte of touched weights", title=f"{shape}, forward, 1 to 2048 tokens")
         axes.grid(True, which="major", linewidth=0.3)
     panels[0][0].set_ylabel("GFLOP/s")
-    panels[0][0].text(0.03, 0.96, f"roof: {peak:.0f} GFLOP/s, {bandwidth:.0f} GB/s", transform=panels[0][0].transAxes)
-    panels[0][-1].legend(fontsize=7, loc="lower right")
+    panels[0][0].text(
+        0.03, 0.9, f"roof: {peak:.0f} GFLOP/s, {bandwidth:.0f} GB/s", transform=panels[0][0].transAxes, va="top"
+    )
+    named = {
+        label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    panels[0][-1].legend(named.values(), named.keys(), fontsize=7, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
