@@ -42,16 +42,6 @@ def pair(request, whole, tmp_path_factory):
     return stored, meant, tensors
 
 
-def test_codes_of_torch():
-    torch = pytest.importorskip("torch")
-    codes = torch.arange(256, dtype=torch.uint8)
-    expected = codes.view(torch.float8_e4m3fn).float().numpy()
-    out = np.empty((1, 256), np.float32)
-    formats.decode("fp8_channel", codes.numpy()[None], np.ones((1, 1), np.float32), out)
-    np.testing.assert_array_equal(out[0], expected)
-    assert np.isnan(out[0, [0x7F, 0xFF]]).all() and np.isfinite(out).sum() == 254
-
-
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize(("rows", "columns"), [(300, 136), (128, 128), (5, 37), (129, 1)])
 def test_any_rows_of_any_format(format_, rows, columns):
@@ -182,15 +172,3 @@ def test_training(tmp_path, kind):
     assert json.loads((run.adapter / adapters.RECORD).read_text())["base"]["weights"] == base.weights
     with pytest.warns(UserWarning, match="config.json"), kjax.load(made[1], run.adapter, dtype="float32") as model:
         np.testing.assert_array_equal(model.logits(TOKENS), adapted)
-
-
-def test_packing_of_compressed_tensors():
-    torch = pytest.importorskip("torch")
-    packing = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-    numbers = torch.randint(-8, 8, (136, 160), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    packed = packing.pack_to_int32(numbers, 4).numpy()
-    scales = np.random.default_rng(0).random((136, 5), np.float32).astype(ml_dtypes.bfloat16)
-    out = np.empty((136, 160), np.float32)
-    formats.decode("int4_group32", packed, scales, out)
-    scaled = numbers.numpy() * np.repeat(scales.astype(np.float32), 32, axis=1)
-    np.testing.assert_array_equal(out, scaled.astype(ml_dtypes.bfloat16).astype(np.float32))
