@@ -35,7 +35,7 @@ from kjax.data.batches import Batches
 from kjax.data.tokenizer import Tokenizer
 from kjax.errors import KjaxError
 from kjax.loss import cross_entropy
-from kjax.models import ModelConfig, Transformer, abstract_params, unembed
+from kjax.models import ModelConfig, Transformer, abstract_params, head, unembed
 from kjax.weights.save import save_checkpoint
 
 PLAIN = Path(__file__).parent / "data" / "plain.jsonl"
@@ -118,7 +118,7 @@ def pretrain(config: ModelConfig, params: dict, dataset, steps: int, seed: int) 
     def step(params, state, batch):
         def mean_loss(params):
             hidden = model.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"])
-            total, count = cross_entropy(lambda rows: unembed(params, rows), hidden, batch["targets"], ROWS * ROW)
+            total, count = cross_entropy(unembed, head(params), hidden, batch["targets"], ROWS * ROW)
             return total / count
 
         loss, grads = jax.value_and_grad(mean_loss)(params)

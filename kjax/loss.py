@@ -1,5 +1,6 @@
-"""The cross-entropy of a step, in chunks of tokens, so that the full logits never exist."""
+"""The cross-entropy of a step, in chunks of tokens, so that the full logits never exist; its gradient is made with it."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -8,11 +9,13 @@ import jax.numpy as jnp
 from kjax.data.batches import IGNORE
 
 
-def cross_entropy(unembed: Callable, hidden, targets, chunk: int):
+def cross_entropy(unembed: Callable, head, hidden, targets, chunk: int):
     """The summed cross-entropy of the target tokens and their number; divide one by the other for the step's loss.
 
-    unembed: hidden [n,D] -> logits [n,V] fp32.  hidden [B,T,D], targets [B,T] int32 with -100 for "none".
-    chunk: tokens whose logits exist at a time, forward and backward: each chunk is rematerialised.
+    unembed: (head, hidden [n,D]) -> logits [n,V] fp32; head: its parameters.  hidden [B,T,D], targets [B,T] int32 with
+    -100 for "none".
+    chunk: tokens whose logits exist at a time. Where the loss is differentiated, the gradient of a chunk is made while
+    its logits are there: they are computed once, and nothing but that gradient, as large as hidden, is kept.
     Returns (sum, count), both fp32 scalars. Chunks without a target are skipped: tokens are sorted first, so that
     prompts and padding cost no logits at all.
     """
@@ -23,21 +26,56 @@ def cross_entropy(unembed: Callable, hidden, targets, chunk: int):
     chunk = min(chunk, tokens)
     order = jnp.pad(order, (0, -tokens % chunk))
     targets = jnp.where(jnp.arange(order.shape[0]) < tokens, targets[order], IGNORE).reshape(-1, chunk)
-    hidden = hidden[order].reshape(-1, chunk, width)
-
-    def chunk_sum(rows, row_targets):
-        logits = unembed(rows)
-        chosen = jnp.take_along_axis(logits, jnp.maximum(row_targets, 0)[:, None], axis=-1)[:, 0]
-        losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-        return jnp.sum(jnp.where(row_targets >= 0, losses, 0.0))
-
-    # The checkpoint is outside the cond: a cond hands out its residuals, the output head among them, once per chunk.
-    @jax.checkpoint
-    def chunk_or_zero(rows, row_targets):
-        return jax.lax.cond(row_targets[0] >= 0, chunk_sum, lambda *_: jnp.zeros(()), rows, row_targets)
-
-    def body(total, inputs):
-        return total + chunk_or_zero(*inputs), None
-
-    total, _ = jax.lax.scan(body, jnp.zeros(()), (hidden, targets))
+    total = _summed(unembed, head, hidden[order].reshape(-1, chunk, width), targets)
     return total, jnp.sum(targets >= 0).astype(jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(unembed: Callable, head, hidden, targets):
+    """hidden [chunks,n,D], targets [chunks,n], those of a chunk that is trained first -> the sum."""
+    def body(total, inputs):
+        rows, row_targets = inputs
+        return total + jax.lax.cond(row_targets[0] >= 0, lambda: _chunk(unembed, head, rows, row_targets),
+                                    lambda: jnp.zeros(())), None
+
+    return jax.lax.scan(body, jnp.zeros(()), (hidden, targets))[0]
+
+
+def _chunk(unembed: Callable, head, rows, targets):
+    logits = unembed(head, rows)
+    chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+    losses = jax.nn.logsumexp(logits, axis=-1) - chosen
+    return jnp.sum(jnp.where(targets >= 0, losses, 0.0))
+
+
+def _forward(unembed: Callable, head, hidden, targets):
+    """The sum, and with it the gradients for a cotangent of one: of hidden, and of the head where that is trained."""
+    trained = any(leaf.perturbed for leaf in jax.tree.leaves(head))
+    head, hidden, targets = jax.tree.map(lambda leaf: leaf.value, (head, hidden, targets))
+
+    def loss(head, rows, row_targets):
+        return _chunk(unembed, head, rows, row_targets)
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1) if trained else (1,))
+
+    def body(carry, inputs):
+        rows, row_targets = inputs
+        nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, (head, rows) if trained else (rows,))
+        part, (*of_head, of_rows) = jax.lax.cond(row_targets[0] >= 0, lambda: gradient(head, rows, row_targets),
+                                                 lambda: nothing)
+        return jax.tree.map(jnp.add, carry, (part, of_head)), of_rows
+
+    start = jnp.zeros(()), [jax.tree.map(jnp.zeros_like, head)] if trained else []
+    (total, of_head), of_hidden = jax.lax.scan(body, start, (hidden, targets))
+    return total, (of_head, of_hidden)
+
+
+def _backward(unembed: Callable, gradients, cotangent):
+    def scaled(leaf):
+        return (leaf.astype(jnp.float32) * cotangent).astype(leaf.dtype)
+
+    of_head, of_hidden = jax.tree.map(scaled, gradients)
+    return of_head[0] if of_head else None, of_hidden, None
+
+
+_summed.defvjp(_forward, _backward, symbolic_zeros=True)

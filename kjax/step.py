@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from kjax import loss as losses
+from kjax import models
 
 
 class State(NamedTuple):
@@ -34,12 +35,12 @@ def initial_state(lora: dict, optimizer: optax.GradientTransformation) -> State:
 def batch_loss(model, unembed: Callable, chunk: int, lora: dict, params: dict, batch: Mapping, *, dropout_key=None):
     """The summed cross-entropy of a batch of [B,T] int32 arrays tokens, targets, positions, segments; and the count.
 
-    unembed: (params, hidden [n,D]) -> logits [n,V] fp32. Dropout is on where there is a key.
+    unembed: (models.head(params), hidden [n,D]) -> logits [n,V] fp32. Dropout is on where there is a key.
     """
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     hidden = model.apply({"params": params, "lora": lora}, batch["tokens"], batch["positions"], batch["segments"],
                          deterministic=dropout_key is None, rngs=rngs)
-    return losses.cross_entropy(lambda rows: unembed(params, rows), hidden, batch["targets"], chunk)
+    return losses.cross_entropy(unembed, models.head(params), hidden, batch["targets"], chunk)
 
 
 def gradients(model, unembed: Callable, *, chunk: int, seed: int, dropout: bool) -> Callable:
