@@ -1,4 +1,4 @@
-"""The cross-entropy of a step, in chunks of tokens, so that the full logits never exist; its gradient is made with it."""
+"""The cross-entropy of a step, in chunks of tokens, so that the full logits never exist; its gradient comes with it."""
 
 import functools
 from collections.abc import Callable
