@@ -56,14 +56,14 @@ def test_shards_are_read_by_number(tmp_path):
     assert seen == [f"model-{number}-of-12.safetensors" for number in range(1, 13)]
 
 
-# About 330 MB in bf16, of which the largest tensors have 64.
+# About 280 MB in bf16, of which the largest tensors have 98.
 WIDE = weights_cases.V3 | {
-    "vocab_size": 31250, "hidden_size": 1024, "intermediate_size": 10240, "num_hidden_layers": 3,
+    "vocab_size": 48000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3,
     "first_k_dense_replace": 3, "q_lora_rank": 256, "kv_lora_rank": 128, "tie_word_embeddings": False,
 }  # fmt: skip
 
 MEASURE = """
-import gc, json, re, sys
+import ctypes, gc, json, re, sys
 import jax
 import kjax
 from kjax.models import ModelConfig, abstract_params
@@ -75,19 +75,19 @@ def kilobytes(name):
 
 load.BLOCK = int(sys.argv[2])
 found = {}
-for turn in range(2):  # the first warms compiled code and the allocator up
-    for fill in ("cpu", "gpu"):
-        jax.default_backend = lambda: fill
-        for weights in ("full", "8bit", "nf4", "int4"):
-            gc.collect()
-            open("/proc/self/clear_refs", "w").write("5")  # resets the peak
-            before = kilobytes("VmRSS")
-            with Checkpoint(sys.argv[1]) as checkpoint:
-                config = ModelConfig.from_json(checkpoint.config_json)
-                params = load.load_params(checkpoint, config, abstract_params(config, "bfloat16"), weights)
-            result = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-            found[f"{fill} {weights}"] = [(kilobytes("VmHWM") - before) * 1024 - result, result]
-            del params
+ways = [(fill, weights) for fill in ("cpu", "gpu") for weights in ("full", "8bit", "nf4", "int4")]
+for fill, weights in [ways[-1], *ways]:  # once to compile
+    jax.default_backend = lambda: fill
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed does not count as there before
+    open("/proc/self/clear_refs", "w").write("5")  # resets the peak
+    before = kilobytes("VmRSS")
+    with Checkpoint(sys.argv[1]) as checkpoint:
+        config = ModelConfig.from_json(checkpoint.config_json)
+        params = load.load_params(checkpoint, config, abstract_params(config, "bfloat16"), weights)
+    result = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    found[f"{fill} {weights}"] = [(kilobytes("VmHWM") - before) * 1024 - result, result]
+    del params
 print(json.dumps(found))
 """
 
@@ -95,7 +95,8 @@ print(json.dumps(found))
 def test_memory_beside_the_result_is_that_of_the_blocks_in_flight(tmp_path):
     """The peak of a process that loads a checkpoint of several shards, in every format and by both ways.
 
-    With the blocks of 32 MiB that are used, the same bound is 0.75 GiB.
+    Each of the readers has a block as stored, as fp32 and as the mask of its exponents, and six bands of rows while it
+    quantises; finished blocks wait. By the same sum DeepSeek-V3 with the blocks of 32 MiB that are used takes 0.9 GB.
     """
     shapes = abstract_params(ModelConfig.from_json(WIDE), "bfloat16", "device")
     noise = np.random.default_rng(0).standard_normal(1 << 16, np.float32).astype(ml_dtypes.bfloat16)
@@ -103,15 +104,18 @@ def test_memory_beside_the_result_is_that_of_the_blocks_in_flight(tmp_path):
     directory = tmp_path / "model"
     save_checkpoint(directory, params, WIDE, shards=4)
     stored = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    assert stored > 300e6
-    block = 2 << 20
+    assert stored > 250e6
+    block = 4 << 20
     made = subprocess.run([sys.executable, "-c", MEASURE, str(directory), str(block)], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     found = json.loads(made.stdout.splitlines()[-1])
     print({name: [round(number / 1e6, 1) for number in pair] for name, pair in found.items()})
-    bound = 2 * load.WORKERS * 3 * block
-    assert bound * load.BLOCK / block <= 1e9
+
+    def bound(block, widest):
+        return load.WORKERS * (3 * block + 6 * 128 * widest * 4) + 2 * load.WORKERS * block
+
+    assert bound(load.BLOCK, 18432) <= 0.9e9, "DeepSeek-V3"
+    assert bound(block, 4096) < 0.6 * stored, "a copy of the checkpoint would show"
     for name, (beside, result) in found.items():
         assert result > 0.3 * stored, name
-        # 16 MB for what the allocator keeps of one load while the next one is measured.
-        assert beside <= bound + 16e6, (name, beside, found)
+        assert beside <= bound(block, 4096) + 16e6, (name, found)  # 16 MB: pages that the allocators keep
