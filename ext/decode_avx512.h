@@ -16,12 +16,11 @@ inline __m512i round_bf16(__m512 low, __m512 high) {
 
 // n bytes, up to 64, and zeros.
 inline __m512i load_bytes(const uint8_t* p, int64_t n) {
-  return n >= 64 ? _mm512_loadu_si512(p)
-                 : _mm512_maskz_loadu_epi8(n > 0 ? ~uint64_t{0} >> (64 - n) : 0, p);
+  return n >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(n > 0 ? ~uint64_t{0} >> (64 - n) : 0, p);
 }
 
 alignas(64) const uint16_t kZeroTo31[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
-                                         16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+                                            16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 inline __m512i word(int value) { return _mm512_set1_epi16(static_cast<int16_t>(value)); }
 
 // A bf16 as floats in all lanes.
@@ -41,7 +40,8 @@ struct Weights {
 //   kBlockRows    consecutive rows, from a multiple of it on, that share what scale() returns
 //   kTableBytes   room per 128 x 128 weights for what prepare() computes once and scale() looks up
 //   scale(w, tables, row, col)   what load() needs for columns [col, col + 128), col a multiple of 128
-//   load(scale, p, c, n)         weights [col + c .. col + c + 64) of a row whose column `col` is at p, c 0 or 64; those
+//   load(scale, p, c, n)         weights [col + c .. col + c + 64) of a row whose column `col` is at p, c 0 or 64;
+//   those
 //                                from n on are finite
 template <Format F>
 struct Decode;
@@ -170,8 +170,8 @@ struct Decode<Format::kInt4Group32> {
     const __m512i order = _mm512_add_epi16(_mm512_and_si512(_mm512_load_si512(kZeroTo31), word(3)), lanes_and_groups());
     const __m512i bytes = spread(order, p + c / 2, n);
     const __m512i group = _mm512_slli_epi16(_mm512_and_si512(_mm512_load_si512(kZeroTo31), word(4)), 2);
-    const __m512i even = _mm512_permutexvar_epi16(
-        _mm512_ternarylogic_epi32(bytes, word(15), group, 0xEA), table);  // (bytes & 15) | group
+    const __m512i even = _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(bytes, word(15), group, 0xEA),
+                                                  table);  // (bytes & 15) | group
     const __m512i odd = _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi16(bytes, 4), group), table);
     return {_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd)};
   }
@@ -204,8 +204,7 @@ class Tables {
       : room_(room), row_(row / kBlock), col_(col / kBlock), wide_((col + cols - 1) / kBlock - col_ + 1) {
     if constexpr (Decode<F>::kTableBytes != 0)
       for (int64_t r = row_; r * kBlock < row + rows; ++r)
-        for (int64_t c = col_; c * kBlock < col + cols; ++c)
-          Decode<F>::prepare(w, r * kBlock, c * kBlock, at(r, c));
+        for (int64_t c = col_; c * kBlock < col + cols; ++c) Decode<F>::prepare(w, r * kBlock, c * kBlock, at(r, c));
   }
   typename Decode<F>::Scale scale(const Matrix& w, int64_t row, int64_t col) const {
     return Decode<F>::scale(w, at(row / kBlock, col / kBlock), row, col);
@@ -217,24 +216,33 @@ class Tables {
   const int64_t row_, col_, wide_;
 };
 
-// Rows [row, row + rows) x columns [k, k + depth) -> out [rows][stride], k a multiple of 128; up to the next multiple of
-// 64 columns are written, those from depth on are finite.
+// Rows [row, row + rows) x columns [k, k + depth) -> out [rows][stride], k a multiple of 128; up to the next multiple
+// of 64 columns are written, those from depth on are finite.
 template <Format F>
 inline void decode_rows(const Matrix& w, const Tables<F>& tables, int64_t row, int64_t rows, int64_t k, int64_t depth,
-                        uint16_t* out, int64_t stride, Prefetch& prefetch) {
-  for (int64_t i = 0; i < depth; i += kBlock)
-    for (int64_t r = 0; r < rows; ++r) {
+                        uint16_t* out, int64_t stride, Prefetch& cursor) {
+  Prefetch prefetch = cursor;
+  const int64_t row_size = row_bytes(F, w.cols);
+  for (int64_t i = 0; i < depth; i += kBlock) {
+    const uint8_t* p = byte_at(F, w, row, k + i);
+    for (int64_t r = 0; r < rows; ++r, p += row_size) {
       prefetch.tick();
       const auto scale = tables.scale(w, row + r, k + i);
-      const uint8_t* const p = byte_at(F, w, row + r, k + i);
-      for (int64_t c = 0; c < kBlock && c < depth - i; c += 64) {
-        const Weights weights = Decode<F>::load(scale, p, c, depth - i - c);
+      const auto store = [&](int64_t c, int64_t n) {
+        const Weights weights = Decode<F>::load(scale, p, c, n);
         _mm512_storeu_si512(out + r * stride + i + c, weights.low);
         _mm512_storeu_si512(out + r * stride + i + c + 32, weights.high);
+      };
+      if (depth - i >= kBlock) {
+        store(0, 64);
+        store(64, 64);
+      } else {
+        for (int64_t c = 0; c < depth - i; c += 64) store(c, depth - i - c);
       }
     }
+  }
+  cursor = prefetch;
 }
-
 inline int64_t decode_ticks(int64_t rows, int64_t depth) { return rows * ((depth + kBlock - 1) / kBlock); }
 
 // Two stored rows x 64 columns -> [64][2].
@@ -249,31 +257,41 @@ inline void interleave(const Weights& a, const Weights& b, uint16_t* out) {
 }
 
 // Rows [k, k + depth) x n columns from col -> panels [n / kLine][pairs][kLine][2], zeros beyond depth rows; k and col
-// multiples of 128.
+// multiples of 64.
 template <Format F>
 inline void across_panel(const Matrix& w, const Tables<F>& tables, int64_t k, int64_t depth, int64_t col, int64_t n,
-                         uint16_t* panel, int64_t pairs, Prefetch& prefetch) {
-  constexpr int64_t kTogether = 16;  // pairs of rows per visit of a column line: bounds the DRAM pages open at once
-  const int64_t stored = (depth + 1) / 2;
-  for (int64_t p = 0; p < stored; p += kTogether)
+                         uint16_t* panel, int64_t pairs, Prefetch& cursor) {
+  constexpr int64_t kTogether = 32;  // rows per visit of a column line: bounds the DRAM pages open at once
+  Prefetch prefetch = cursor;
+  const int64_t row_size = row_bytes(F, w.cols);
+  for (int64_t i = 0; i < depth; i += kTogether)
     for (int64_t c = 0; c < n; c += kLine) {
-      uint16_t* out = panel + (c * pairs + p * kLine) * 2;
+      uint16_t* out = panel + (c * pairs + i / 2 * kLine) * 2;
       const int64_t block = (col + c) / kBlock * kBlock, at = col + c - block;
-      auto scale = tables.scale(w, k + 2 * p, block);
-      for (int64_t q = p; q < stored && q < p + kTogether; ++q, out += kLine * 2) {
+      const uint8_t* p = byte_at(F, w, k + i, block);
+      auto scale = tables.scale(w, k + i, block);
+      const auto load = [&](int64_t row, int64_t count) {
+        if constexpr (Decode<F>::kBlockRows == 1) scale = tables.scale(w, row, block);
+        return Decode<F>::load(scale, p + (row - k - i) * row_size, at, count);
+      };
+      const int64_t end = depth - i < kTogether ? depth - i : kTogether;
+      const auto visit = [&](int64_t r, int64_t count) {
         prefetch.tick();
-        const auto load = [&](int64_t row) {
-          if constexpr (Decode<F>::kBlockRows == 1) scale = tables.scale(w, row, block);
-          return Decode<F>::load(scale, byte_at(F, w, row, block), at, n - c);
-        };
-        const Weights a = load(k + 2 * q);
-        const Weights b =
-            2 * q + 1 < depth ? load(k + 2 * q + 1) : Weights{_mm512_setzero_si512(), _mm512_setzero_si512()};
+        const Weights a = load(k + i + r, count), b = load(k + i + r + 1, count);
         interleave(a, b, out);
-      }
+        out += kLine * 2;
+      };
+      int64_t r = 0;
+      if (n - c >= kLine)
+        for (; r + 1 < end; r += 2) visit(r, kLine);
+      else
+        for (; r + 1 < end; r += 2) visit(r, n - c);
+      if (r < end) interleave(load(k + i + r, n - c), Weights{_mm512_setzero_si512(), _mm512_setzero_si512()}, out);
     }
-  for (int64_t c = 0; c < n; c += kLine)
+  const int64_t stored = (depth + 1) / 2;
+  for (int64_t c = 0; stored < pairs && c < n; c += kLine)
     __builtin_memset(panel + (c * pairs + stored * kLine) * 2, 0, static_cast<size_t>((pairs - stored) * kLine * 4));
+  cursor = prefetch;
 }
 inline int64_t across_ticks(int64_t n, int64_t pairs) { return (n + kLine - 1) / kLine * pairs; }
 

@@ -36,9 +36,9 @@ const std::vector<Isa>& isas() {
   static const std::vector<std::string> avx512 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"};
   static const std::vector<std::string> avx512bf16 = {"avx2",     "fma",      "avx512f",     "avx512bw",
                                                       "avx512dq", "avx512vl", "avx512_vbmi", "avx512_bf16"};
-  static const std::vector<std::string> amx = {"avx2",     "fma",         "avx512f",     "avx512bw", "avx512dq",
-                                               "avx512vl", "avx512_vbmi", "avx512_bf16", "amx_tile", "amx_bf16",
-                                               kTilePermission};
+  static const std::vector<std::string> amx = {"avx2",     "fma",      "avx512f",      "avx512bw",
+                                               "avx512dq", "avx512vl", "avx512_vbmi",  "avx512_bf16",
+                                               "amx_tile", "amx_bf16", kTilePermission};
   static const std::vector<Isa> all = {
 #if defined(KJAX_AMX)
       {"amx", amx, nullptr, &kAmxGemm, true},

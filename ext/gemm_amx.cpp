@@ -16,6 +16,6 @@ namespace {
 
 }  // namespace
 
-const Gemm kAmxGemm = {"amx", kLine, 4 * kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), pack, 1, begin, end};
+const Gemm kAmxGemm = {"amx", kLine, 4 * kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), pack, begin, end};
 
 }  // namespace kjax

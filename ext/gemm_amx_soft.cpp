@@ -18,6 +18,6 @@ namespace {
 
 }  // namespace
 
-const Gemm kAmxSoftGemm = {"amx_soft", kLine, 4 * kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), pack, 1, begin, end};
+const Gemm kAmxSoftGemm = {"amx_soft", kLine, 4 * kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), pack, begin, end};
 
 }  // namespace kjax

@@ -76,12 +76,11 @@ struct Gemm {
   int64_t along_width, across_width;  // strip widths that fill this ISA's scratch
   Multiply along[kFormats];
   Multiply across[kFormats];
-  // Null, or the layout in which `along` takes a segment's operand rows, padded to whole tiles of 16 rows, from
-  // `packed_from` rows on: packs rows [first, first + count), first a multiple of 16, and columns [k, k + depth), k of
-  // 32, of a segment of `rows` operand rows of `length` numbers each.
+  // Null, or the layout in which `along` takes a segment's operand rows, padded to whole tiles of 16 rows: packs rows
+  // [first, first + count), first a multiple of 16, and columns [k, k + depth), k of 32, of a segment of `rows` operand
+  // rows of `length` numbers each.
   void (*pack)(const void* from, int64_t lda, int64_t count, int64_t first, int64_t rows, int64_t k, int64_t depth,
                void* packed, int64_t length);
-  int64_t packed_from;
   // Null, or what a thread does before its first and after its last product of a job.
   void (*begin)();
   void (*end)();

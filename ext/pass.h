@@ -47,8 +47,6 @@ class Pass {
     return {w, block * step, std::min(step, along_count - block * step)};
   }
 
-  bool takes_packed(const Segment& s) const { return gemm.pack && s.rows >= gemm.packed_from; }
-
   // Copies the token rows of one piece together, rounded to the operand type, and packs them where `along` wants that.
   // then(expert, first route, rows, operand rows, their length) runs while they are in the cache.
   template <class Then>
@@ -58,7 +56,7 @@ class Pass {
     const Segment& s = routing.segments[piece.segment];
     if (piece.row == 0) store.read_ahead(static_cast<int>(call.layer), s.expert);
     const int64_t length = row_length(width);
-    const bool packed = for_along && takes_packed(s);
+    const bool packed = for_along && gemm.pack;
     std::byte* const to = packed ? worker.scratch.data() + staging_offset() : row(rows, s.slot + piece.row, length);
     for (int64_t r = 0; r < piece.rows; ++r)
       elementwise.convert(static_cast<const std::byte*>(from) +
@@ -114,7 +112,7 @@ class Pass {
       adapters.add_b(room(worker), s, kGate, gate.first, gate.count, t, cg, ldc);
       adapters.add_b(room(worker), s, kUp, gate.first, gate.count, t, cu, ldc);
     }
-    const bool packed = h && takes_packed(s), staged = packed || (!h && adapters.has(kDown));
+    const bool packed = h && gemm.pack, staged = packed || (!h && adapters.has(kDown));
     const int64_t h_length = staged ? row_length(gate.count) : row_length(hidden);
     std::byte* const h_rows = staged ? worker.scratch.data() + staging_offset()
                               : h    ? row(*h, s.slot, h_length) + gate.first * size_of(type)

@@ -6,8 +6,7 @@ constexpr int64_t kTile = 512;  // bf16 of a tile: [16 pairs along k][16 tokens]
 // Rows [n <= 16, 32] -> a tile, zeros beyond n rows.
 inline void pack_tile(const uint16_t* from, int64_t lda, int64_t n, uint16_t* tile) {
   __m512i lines[16];
-  for (int64_t j = 0; j < 16; ++j)
-    lines[j] = j < n ? _mm512_loadu_si512(from + j * lda) : _mm512_setzero_si512();
+  for (int64_t j = 0; j < 16; ++j) lines[j] = j < n ? _mm512_loadu_si512(from + j * lda) : _mm512_setzero_si512();
   transpose(lines);
   for (int64_t j = 0; j < 16; ++j) _mm512_store_si512(tile + j * 32, lines[j]);
 }

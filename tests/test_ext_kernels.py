@@ -76,13 +76,14 @@ def test_against_float64(isa, fmt, dtype, shape):
     check(layer, fmt, *problem(rng, tokens, width, idx, gate, dtype))
 
 
+@pytest.mark.parametrize("tokens", [8, 32, 64])  # about 3, 13 and 26 rows for an expert: kernels of their own
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_accuracy_is_that_of_the_operands(isa, fmt):
-    """At a size where luck averages out: within twice the error of rounding the operands alone."""
+def test_accuracy_is_that_of_the_operands(isa, fmt, tokens):
+    """At a size where luck averages out: y, dx and dgate within twice the error of rounding the operands alone."""
     rng = np.random.default_rng(0)
     layer = make_layer(rng, 4, 256, 192, fmt)
-    idx, gate = route(rng, 64, 4, 2)
-    x, idx, gate, dy = problem(rng, 64, 256, idx, gate, "fp32")
+    idx, gate = route(rng, tokens, 4, 2)
+    x, idx, gate, dy = problem(rng, tokens, 256, idx, gate, "fp32")
     exact, rounded = oracle(layer, x, idx, gate, dy), oracle(layer, x, idx, gate, dy, round_bf16)
     for a, b, r in zip(run(layer, x, idx, gate, dy), exact, rounded, strict=True):
         assert relative_l2(a, b) <= (16 * 2.0**-24 if fmt == "fp32" else 2 * relative_l2(r, b))
@@ -112,11 +113,12 @@ def test_all_tokens_to_one_expert(isa, fmt):
     check(layer, fmt, *problem(rng, 1100, 24, idx, rng.random((1100, 1)).astype(np.float32), "fp32"))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 6, 7, 8, 9, 12, 13, 16, 17, 95, 96, 97, 98])
-def test_every_remainder_of_rows(isa, rows):
+@pytest.mark.parametrize("fmt", ["bf16", "int4_group32"])
+@pytest.mark.parametrize("rows", [1, 2, 6, 7, 8, 9, 12, 13, 16, 17, 20, 21, 31, 32, 40, 41, 64, 95, 96, 97, 98])
+def test_every_remainder_of_rows(isa, rows, fmt):
     rng = np.random.default_rng(rows)
-    layer = make_layer(rng, 1, 70, 72)
-    check(layer, "bf16", *problem(rng, rows, 70, np.zeros((rows, 1), np.int32), np.ones((rows, 1), np.float32), "fp32"))
+    layer = make_layer(rng, 1, 70, 72, fmt)
+    check(layer, fmt, *problem(rng, rows, 70, np.zeros((rows, 1), np.int32), np.ones((rows, 1), np.float32), "fp32"))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])
