@@ -3,8 +3,9 @@
     python experiments/plans.py            # about ten seconds a model, 1 GB
     python experiments/plans.py --models Kimi    # prints the rows of some
 
-Each model trains 16 rows of 512 tokens in one optimiser step, attention and shared and dense MLPs adapted at rank 8,
-attention one row at a time, on 2 x Xeon 8488C with one RTX 4090 of 48 GB: the machine of published DeepSeek-V3 runs.
+Each model trains 16 rows of 512 tokens in one optimiser step: attention, shared and dense MLPs (where it has shared
+experts) adapted at rank 8, attention one row at a time, on 2 x Xeon 8488C with one RTX 4090 of 48 GB, the machine of
+published DeepSeek-V3 runs.
 The config.json contents in plan_models.json are those of the published models, without what training does not read.
 """
 
@@ -22,7 +23,7 @@ TABLE = HERE.parent / "docs" / "plans.md"
 BEGIN, END = "<!-- made by experiments/plans.py: begin -->", "<!-- end -->"
 MACHINE = "xeon-8488c-2s-4090"
 SETTINGS = ("Data.max_length=512", "Train.rows_per_step=16", "Train.micro_rows=1", "Train.loss_chunk=512",
-            "Lora.targets=('attention', 'shared', 'dense')", "Lora.rank=8")
+            "Lora.rank=8")
 HEAD = ("model", "parameters", "routed experts", "main memory beside them", "device memory", "in 4 bits", "adapter",
         "device, host operations", "step")
 
@@ -31,7 +32,8 @@ def row(name: str, content: dict, on: plan.Machine) -> list[str]:
     """The cells of a model; a reason where kjax cannot plan it."""
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(content))
-        made = [_plan(directory, on, weights) for weights in ("full", "nf4")]
+        groups = ("attention", "shared", "dense") if content.get("n_shared_experts") else ("attention",)
+        made = [_plan(directory, on, groups, weights) for weights in ("full", "nf4")]
     if isinstance(made[0], str):
         return [name, made[0], *[""] * (len(HEAD) - 2)]
     first, low = made
@@ -47,10 +49,10 @@ def row(name: str, content: dict, on: plan.Machine) -> list[str]:
             f"{sum(row.amount for row in first.time):,.0f} s"]
 
 
-def _plan(directory: str, on: plan.Machine, weights: str):
+def _plan(directory: str, on: plan.Machine, groups: tuple[str, ...], weights: str):
     low = () if weights == "full" else (f"Model.weights={weights!r}",)
     try:
-        config = gin_config.load((), [f"Model.directory={directory!r}", *SETTINGS, *low],
+        config = gin_config.load((), [f"Model.directory={directory!r}", *SETTINGS, f"Lora.targets={groups}", *low],
                                  fallback={"Data.dataset": "x", "Train.run_dir": "x"})
         return plan.plan(config, on)
     except KjaxError as error:
