@@ -1,4 +1,4 @@
-// Decoding the next block of stored rows a little at a time, between the tile products of the present one.
+// Decoding the next block of stored rows a little at a time, between the products of the present one.
 // Included inside an unnamed namespace after decode_avx512.h.
 
 // The reduction in blocks: a short one first where it has to be decoded before there is a product to hide it behind.
@@ -139,4 +139,64 @@ struct Between {
     prefetch.tick();
     ahead.tick();
   }
+};
+
+// Stored rows [first, first + rows) x columns [k, k + depth) -> out [rows][stride], as decode_rows leaves them, and
+// later bytes asked for. k a multiple of 128; a unit is 128 weights of one row. Always inlined and without remainders,
+// so that a product's sums stay in registers while both share the core.
+template <Format F>
+class RowsAhead {
+ public:
+  RowsAhead(const Matrix& w, const Tables<F>& tables, int64_t first, int64_t rows, int64_t k, int64_t depth,
+            uint16_t* out, int64_t stride, int64_t ticks, const Prefetch& prefetch)
+      : w_(&w),
+        tables_(&tables),
+        first_(first),
+        rows_(rows),
+        k_(k),
+        depth_(depth),
+        row_bytes_(row_bytes(F, w.cols)),
+        from_(byte_at(F, w, first, k)),
+        out_(out),
+        stride_(stride),
+        pace_(depth / kBlock * rows, ticks),
+        prefetch_(prefetch) {}
+  inline __attribute__((always_inline)) void tick() {
+    prefetch_.tick();
+    pace_.tick([&]() __attribute__((always_inline)) { unit(); });
+  }
+  // The rest, and the columns behind the last whole block.
+  void finish() {
+    pace_.finish([&] { unit(); });
+    const int64_t whole = depth_ / kBlock * kBlock;
+    if (whole < depth_)
+      decode_rows(*w_, *tables_, first_, rows_, k_ + whole, depth_ - whole, out_ + whole, stride_, prefetch_);
+  }
+  const Prefetch& prefetch() const { return prefetch_; }
+
+ private:
+  inline __attribute__((always_inline)) void unit() {
+    const auto scale = tables_->scale(*w_, first_ + row_, k_ + at_);
+    const uint8_t* const p = from_ + row_ * row_bytes_ + bytes_of(F, at_);
+    uint16_t* const out = out_ + row_ * stride_ + at_;
+#pragma GCC unroll 2
+    for (int64_t c = 0; c < kBlock; c += 64) {
+      const Weights weights = Decode<F>::load(scale, p, c, 64);
+      _mm512_storeu_si512(out + c, weights.low);
+      _mm512_storeu_si512(out + c + 32, weights.high);
+    }
+    if (++row_ == rows_) {
+      row_ = 0;
+      at_ += kBlock;
+    }
+  }
+
+  const Matrix* w_;
+  const Tables<F>* tables_;
+  int64_t first_, rows_, k_, depth_, row_bytes_;
+  const uint8_t* from_;
+  uint16_t* out_;
+  int64_t stride_, row_ = 0, at_ = 0;
+  Pace pace_;
+  Prefetch prefetch_;
 };

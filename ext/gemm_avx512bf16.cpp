@@ -16,12 +16,14 @@ namespace {
 #include "token_tiles.h"
 #include "prefetch.h"
 #include "decode_avx512.h"
+#include "decode_ahead.h"
 
 // Up to kDotOnly rows the dot kernel takes all. Of more, it takes what is left over after whole tiles of 16 tokens, up
 // to kDotRows; more are padded to a tile.
 constexpr int64_t kDotOnly = 12, kDotRows = 8;
 constexpr int64_t kDepth = 2048;       // along: reduction per block; one horizontal sum per 4 x 6 tile stays below 3 %
-constexpr int64_t kTileDepth = 256;    // of it, per visit of the token tiles: 48 tokens are 24 KB of L1
+constexpr int64_t kTileDepth = 256;    // of it, per visit of the token tiles: 48 tokens are 24 KB of L1; decoded rows
+                                       // of one visit are made beside the products of the visit before
 constexpr int64_t kAcrossDepth = 256;  // across: a panel of one line of 64 columns is 32 KB of L1
 constexpr int64_t kFewRows = 16, kFewDepth = 64;  // few rows: a panel of all lines is, so rows are read whole
 
@@ -132,11 +134,18 @@ inline void for_tiles(int64_t rows, F f) {
 constexpr int kTileRows = 6;  // x 4 vectors: twenty-four accumulators
 inline int64_t tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
-// C^T [R stored rows, 16 J tokens] (+)= W [R, 32 steps] x tiles of tokens [steps][.][16 pairs][16][2], `step` apart
-template <int R, int J>
-void token_tile(const uint16_t* w, int64_t stride, const uint16_t* tokens, int64_t step, int64_t steps, float* c,
-                int64_t ldc, bool add, Prefetch& cursor) {
-  Prefetch prefetch = cursor;
+// A number the compiler knows, not of the library, whose code kernel files would share.
+template <int64_t n>
+struct Constant {
+  constexpr operator int64_t() const { return n; }
+};
+
+// C^T [R stored rows, 16 J tokens] (+)= W [R, 32 steps] x tiles of tokens [steps][.][16 pairs][16][2], `step` apart.
+// `stride` is an int64_t or a Constant.
+template <int R, int J, class Stride, class Beside>
+void token_tile(const uint16_t* w, Stride stride, const uint16_t* tokens, int64_t step, int64_t steps, float* c,
+                int64_t ldc, bool add, Beside& cursor) {
+  Beside beside = cursor;
   constexpr int kChains = J == 1 ? 2 : 1;  // sums of their own for odd pairs, where R sums could not hide the latency
   __m512 sum[kChains][R][J];
 #pragma GCC unroll 8
@@ -147,7 +156,8 @@ void token_tile(const uint16_t* w, int64_t stride, const uint16_t* tokens, int64
       sum[0][i][j] = add ? _mm512_load_ps(c + i * ldc + j * 16) : _mm512_setzero_ps();
     }
   for (int64_t s = 0; s < steps; ++s, tokens += step) {
-    prefetch.tick();
+    beside.tick();
+#pragma GCC unroll 8
     for (int64_t q = 0; q < 16; q += kChains, w += 2 * kChains) {
 #pragma GCC unroll 2
       for (int h = 0; h < kChains; ++h) {
@@ -171,7 +181,7 @@ void token_tile(const uint16_t* w, int64_t stride, const uint16_t* tokens, int64
     for (int j = 0; j < J; ++j)
       _mm512_store_ps(c + i * ldc + j * 16,
                       kChains == 1 ? sum[0][i][j] : _mm512_add_ps(sum[0][i][j], sum[kChains - 1][i][j]));
-  cursor = prefetch;
+  cursor = beside;
 }
 
 // Tiles of tokens in the packed part of a segment's operand rows, and the rows left over behind it.
@@ -252,23 +262,28 @@ void along(const Product& p) {
            : p.rows <= 8                                 ? along_few<F, 3>(p, kDepth)
                                                          : along_few<F, 2>(p, kDepth / 2);
   const Matrix& w = p.strip.matrix;
-  constexpr int64_t kStride = kTileDepth + 32;
-  uint16_t* const decoded = reinterpret_cast<uint16_t*>(p.scratch);         // [64][kStride]
-  float* const sums = reinterpret_cast<float*>(decoded + kLine * kStride);  // C^T [64][16 tokens]
+  constexpr Constant<kTileDepth + 32> kStride;
+  uint16_t* const decoded = reinterpret_cast<uint16_t*>(p.scratch);             // this and the next [64][kStride]
+  float* const sums = reinterpret_cast<float*>(decoded + 2 * kLine * kStride);  // C^T [64][16 tokens]
   const int64_t ldc = tokens * 16, groups = (p.strip.count + 15) / 16 * 16;
-  std::byte* const room = reinterpret_cast<std::byte*>(sums + kLine * kMaxRows);
   const uint16_t* const packed = static_cast<const uint16_t*>(p.a);
+  const Tables<F> tables(w, p.strip.first, p.strip.count, 0, w.cols,
+                         reinterpret_cast<std::byte*>(sums + kLine * kMaxRows));
+  // Look-ups leave the multipliers to the products, so the next rows are decoded beside them; formats that are scaled
+  // by multiplying take turns with the products, and so does a single tile, whose loop has few instructions to spare.
+  const bool ahead = Decode<F>::kTableBytes != 0 && tokens > 1;
+  int64_t which = 0;
   for (int64_t k = 0; k < w.cols; k += kDepth) {
-    const int64_t depth = w.cols - k < kDepth ? w.cols - k : kDepth, steps = (depth + 31) / 32;
-    const bool more = k + kDepth < w.cols;
+    const int64_t depth = w.cols - k < kDepth ? w.cols - k : kDepth, steps = (depth + 31) / 32, end = k + depth;
+    const bool more = end < w.cols;
     const Strip& s = more ? p.strip : p.next;
-    const int64_t from = more ? k + kDepth : 0, n = s.matrix.cols - from < kDepth ? s.matrix.cols - from : kDepth;
+    const int64_t from = more ? end : 0, n = s.matrix.cols - from < kDepth ? s.matrix.cols - from : kDepth;
     // In place where the rows are operands already, all of them exist, and so do whole tiles of them.
     const bool in_place = Decode<F>::kInPlace && p.strip.count == groups && depth % 32 == 0;
     const int64_t visits = (tokens + 2) / 3 * groups / 8;
     Prefetch prefetch(
         byte_at(F, s.matrix, s.first, from), row_bytes(F, s.matrix.cols), bytes_of(F, n), s.count,
-        (visits + tiles(left) * groups / 4) * steps + (in_place ? 0 : decode_ticks(p.strip.count, depth)));
+        (visits + tiles(left) * groups / 4) * steps + (in_place || ahead ? 0 : decode_ticks(p.strip.count, depth)));
     const auto left_over_rows = [&](const uint16_t* rows, int64_t stride, int64_t at, int64_t n) {
       for (int64_t g = 0; g < p.strip.count; g += 4) {
         const uint16_t* four[4];
@@ -281,25 +296,45 @@ void along(const Product& p) {
       }
     };
     const uint16_t* const stored = reinterpret_cast<const uint16_t*>(byte_at(F, w, p.strip.first, k));
-    const Tables<F> tables(w, p.strip.first, p.strip.count, k, depth, room);
-    for (int64_t i = 0; i < depth; i += kTileDepth) {
-      const int64_t n = depth - i < kTileDepth ? depth - i : kTileDepth, at = k + i;
-      if (!in_place) decode_rows(w, tables, p.strip.first, p.strip.count, at, n, decoded, kStride, prefetch);
-      const uint16_t* const rows = in_place ? stored + i : decoded;
-      const int64_t stride = in_place ? w.cols : kStride;
-      for (int64_t t = 0; t < tokens;) {
-        const int64_t wide = tokens == 1 ? 1 : tokens - t == 4 || tokens - t == 2 ? 2 : 3;  // not 3 + 1
-        const auto multiply = [&]<int J>() {
-          for (int64_t g = 0; g < groups; g += 8)
-            token_tile<8, J>(rows + g * stride, stride, packed + (at / 32 * tokens + t) * kTile, tokens * kTile,
-                             (n + 31) / 32, sums + g * ldc + t * 16, ldc, at > 0, prefetch);
-        };
-        if (wide == 3) multiply.template operator()<3>();
-        else if (wide == 2) multiply.template operator()<2>();
-        else multiply.template operator()<1>();
-        t += wide;
+    for (int64_t i = 0, n; i < depth; i += n) {
+      const auto whole = [&](int64_t at, int64_t end) {
+        const int64_t most = at == 0 && ahead ? kBlock : kTileDepth;  // nothing hides the first decoding
+        return end - at < most ? end - at : most;
+      };
+      const int64_t at = k + i;
+      n = whole(at, end);
+      const auto multiply_all = [&](const uint16_t* rows, auto stride, auto& beside) {
+        for (int64_t t = 0; t < tokens;) {
+          const int64_t wide = tokens == 1 ? 1 : tokens - t == 4 || tokens - t == 2 ? 2 : 3;  // not 3 + 1
+          const auto multiply = [&]<int J>() {
+            for (int64_t g = 0; g < groups; g += 8)
+              token_tile<8, J>(rows + g * stride, stride, packed + (at / 32 * tokens + t) * kTile, tokens * kTile,
+                               (n + 31) / 32, sums + g * ldc + t * 16, ldc, at > 0, beside);
+          };
+          if (wide == 3) multiply.template operator()<3>();
+          else if (wide == 2) multiply.template operator()<2>();
+          else multiply.template operator()<1>();
+          t += wide;
+        }
+      };
+      if (in_place) {
+        multiply_all(stored + i, w.cols, prefetch);
+        continue;
       }
-      if (left && !in_place) left_over_rows(decoded, kStride, at, n);
+      uint16_t* const rows = decoded + which * kLine * kStride;
+      if (at == 0 || !ahead) decode_rows(w, tables, p.strip.first, p.strip.count, at, n, rows, kStride, prefetch);
+      if (ahead) {
+        which = 1 - which;
+        const int64_t next = at + n, next_end = next < end ? end : w.cols - end < kDepth ? w.cols : end + kDepth;
+        RowsAhead<F> beside(w, tables, p.strip.first, next < w.cols ? p.strip.count : 0, next, whole(next, next_end),
+                            decoded + which * kLine * kStride, kStride, visits * ((n + 31) / 32), prefetch);
+        multiply_all(rows, kStride, beside);
+        beside.finish();
+        prefetch = beside.prefetch();
+      } else {
+        multiply_all(rows, kStride, prefetch);
+      }
+      if (left) left_over_rows(rows, kStride, at, n);
     }
     if (left && in_place) left_over_rows(stored, w.cols, k, depth);
   }
