@@ -1,6 +1,6 @@
-# make demo, make test, make wheel: each does all of its set-up.
+# make demo, make test, make wheel, make sanitize, make fuzz: each does all of its set-up.
 
-.PHONY: demo test wheel clean
+.PHONY: demo test wheel sanitize fuzz clean
 
 # Test processes side by side, each up to 4 GB; a file stays in one, so that its fixtures are made once.
 JOBS ?= 2
@@ -12,6 +12,16 @@ demo:
 test:
 	@bash scripts/setup.sh test
 	@.venv/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+sanitize:
+	@bash scripts/sanitize.sh
+
+# Headers of checkpoints for SECONDS, decodes as long.
+SECONDS ?= 60
+fuzz:
+	@bash scripts/setup.sh test
+	@.venv/bin/python tests/fuzz_headers.py $(SECONDS) $$(date +%s)
+	@KJAX_FUZZ_SECONDS=$(SECONDS) bash scripts/sanitize.sh fuzz
 
 wheel:
 	@bash scripts/wheel.sh

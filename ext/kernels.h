@@ -62,7 +62,7 @@ struct Product {
   Strip strip;
   Strip
       next;  // what this thread reads afterwards in the same direction, to be prefetched; next.matrix.data may be null
-  float* c;  // [rows, ldc]; columns up to the next multiple of kLine may be overwritten
+  float* c;  // [rows, ldc]; rows and columns up to the next multiples of 16 and of kLine may be overwritten
   int64_t ldc;
   bool add;            // add to C instead of overwriting it
   std::byte* scratch;  // this thread's, kScratch bytes, aligned to 64

@@ -3,11 +3,11 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
-#include <list>
 #include <mutex>
 #include <random>
-#include <unordered_map>
+#include <vector>
 
 #include "store.h"
 
@@ -27,23 +27,26 @@ size_t default_budget() {
 }
 
 std::mutex mutex;
-std::list<Entry> entries;  // oldest first
-std::unordered_map<int32_t, std::list<Entry>::iterator> by_slip;
-std::list<Activations> spare;  // memory of entries taken, so that a step after the first asks the system for none
+// Some for each layer of a step: few enough to be searched one by one, and vectors do not allocate in a steady step.
+std::vector<Entry> entries;      // oldest first
+std::vector<Activations> spare;  // memory of entries taken, so that a step after the first asks the system for none
 size_t budget = default_budget();
 size_t held = 0, spare_held = 0;
 int64_t hits = 0, misses = 0, evicted = 0;
 
-void drop(std::list<Entry>::iterator entry) {
+std::vector<Entry>::iterator find(int32_t slip) {
+  return std::find_if(entries.begin(), entries.end(), [&](const Entry& entry) { return entry.slip == slip; });
+}
+
+void drop(std::vector<Entry>::iterator entry) {
   held -= entry->activations.memory.size();
-  by_slip.erase(entry->slip);
   entries.erase(entry);
 }
 
 void shrink_to(size_t limit) {
   while (held + spare_held > limit && !spare.empty()) {
     spare_held -= spare.front().memory.size();
-    spare.pop_front();
+    spare.erase(spare.begin());
   }
   while (held > limit) {
     drop(entries.begin());
@@ -95,30 +98,30 @@ std::optional<Activations> stash_room(size_t bytes) {
 void stash_put(int32_t slip, const StashKey& key, Activations activations) {
   std::lock_guard lock(mutex);
   if (!is_open(key.store)) return;  // closed during the call: close_store() has already cleared what was there
+  if (const auto old = find(slip); old != entries.end()) drop(old);
+  entries.reserve(entries.size() + 1);
   held += activations.memory.size();
   entries.push_back({slip, key, std::move(activations)});
-  if (const auto old = by_slip.find(slip); old != by_slip.end()) drop(old->second);
-  by_slip[slip] = std::prev(entries.end());
   shrink_to(budget);
 }
 
 std::optional<Activations> stash_take(int32_t slip, const StashKey& key) {
   std::lock_guard lock(mutex);
-  const auto found = by_slip.find(slip);
-  if (!slip || found == by_slip.end() || !(found->second->key == key)) {
+  const auto found = find(slip);
+  if (!slip || found == entries.end() || !(found->key == key)) {
     ++misses;
     return std::nullopt;
   }
   ++hits;
-  Activations activations = std::move(found->second->activations);
+  Activations activations = std::move(found->activations);
   held -= activations.memory.size();
-  entries.erase(found->second);
-  by_slip.erase(found);
+  entries.erase(found);
   return activations;
 }
 
 void stash_recycle(Activations activations) {
   std::lock_guard lock(mutex);
+  spare.reserve(spare.size() + 1);
   spare_held += activations.memory.size();
   spare.push_back(std::move(activations));
   shrink_to(budget);
@@ -142,10 +145,8 @@ StashStats stash_stats() {
 
 void stash_clear(std::optional<int> store) {
   std::lock_guard lock(mutex);
-  for (auto it = entries.begin(); it != entries.end();) {
-    const auto entry = it++;
-    if (!store || entry->key.store == *store) drop(entry);
-  }
+  for (size_t i = entries.size(); i-- > 0;)
+    if (!store || entries[i].key.store == *store) drop(entries.begin() + static_cast<std::ptrdiff_t>(i));
   if (!store || entries.empty()) {
     spare.clear();
     spare_held = 0;

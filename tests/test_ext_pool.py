@@ -82,6 +82,59 @@ def test_cgroup_quota(tmp_path, cgroup, files, quota):
     assert _ext.cgroup_cpu_quota(str(tmp_path)) == quota
 
 
+def test_threads_follow_the_quota(tmp_path):
+    """The smaller of the affinity mask and the quota, rounded up."""
+    cores = len(os.sched_getaffinity(0))
+    for name in ("proc/self", "sys/fs/cgroup"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    code = f"from kjax import _ext; print(_ext.count_threads({str(tmp_path)!r}))"
+    for quota, count in [("100000", 1), ("50000", 1), ("110000", min(2, cores)), ("max", cores)]:
+        (tmp_path / "sys/fs/cgroup/cpu.max").write_text(f"{quota} 100000\n")
+        assert in_child(code, KJAX_THREADS="") == str(count), quota
+
+
+def test_idle_threads_sleep():
+    """A twentieth of a second of spinning would be seen: threads give up after a tenth of a millisecond."""
+    code = """
+import time, numpy as np
+from ext_oracle import make_layer, route
+from kjax import _ext
+layer = make_layer(np.random.default_rng(0), 2, 16, 16)
+idx, gate = route(np.random.default_rng(0), 8, 2, 1)
+_ext.forward(layer.store.id, 0, np.zeros((8, 16), np.float32), idx, gate, False)
+time.sleep(0.05)
+begin = time.process_time()
+time.sleep(0.5)
+print(time.process_time() - begin)
+"""
+    assert float(in_child(code, KJAX_THREADS="4")) < 0.05
+
+
+NO_THREADS = """
+import os, resource, numpy as np
+from ext_oracle import make_layer, route
+from kjax import _ext
+rng = np.random.default_rng(0)
+layer = make_layer(rng, 2, 16, 16)
+x, (idx, gate) = np.zeros((8, 16), np.float32), route(rng, 8, 2, 1)
+if os.getuid() == 0: os.setresuid(65534, 65534, 0)  # the limit does not hold for root
+soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+resource.setrlimit(resource.RLIMIT_NPROC, (0, hard))
+try: print(_ext.forward(layer.store.id, 0, x, idx, gate, False)[0].shape)
+except RuntimeError as error: print(error)
+resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
+print(_ext.forward(layer.store.id, 0, x, idx, gate, False)[0].shape)
+"""
+
+
+def test_a_limit_on_threads_is_an_error_and_the_store_stays_usable():
+    done = subprocess.run([sys.executable, "-c", NO_THREADS], cwd=Path(__file__).parent, capture_output=True, text=True,
+                          env={**os.environ, "KJAX_THREADS": "3"}, timeout=120)  # fmt: skip
+    first, last = done.stdout.strip().splitlines()
+    assert first.startswith("cannot start kernel thread 1 of 3") and last == "(8, 16)", done.stderr
+
+
 def test_cancel_stops_running_and_later_calls():
     rng = np.random.default_rng(0)
     layer = make_layer(rng, 4, 512, 512)

@@ -1,0 +1,382 @@
+// What the self-test does not look at: every decode over random bytes, shapes and places between unmapped pages; memory
+// refused at each single allocation; no allocation in a steady call; calls and closings from several threads at once.
+//   kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | together [SECONDS]
+// Exit status 1 and a line that says how to repeat it when something is wrong. Meant for builds with sanitizers too.
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "dispatch.h"
+#include "experts.h"
+#include "numa.h"
+#include "stash.h"
+#include "store.h"
+#include "text.h"
+#include "threads.h"
+
+// Allocations are counted, and the one asked for is refused. operator new is replaced; what the sources call directly
+// is wrapped by the linker (see CMakeLists.txt).
+namespace {
+std::atomic<int64_t> allocations{0};
+std::atomic<int64_t> refuse_at{-1};
+bool refused() { return allocations.fetch_add(1) == refuse_at.load(); }
+}  // namespace
+
+extern "C" {
+void* __real_aligned_alloc(size_t, size_t);
+void* __real_mmap(void*, size_t, int, int, int, off_t);
+void* __wrap_aligned_alloc(size_t alignment, size_t size) {
+  return refused() ? nullptr : __real_aligned_alloc(alignment, size);
+}
+void* __wrap_mmap(void* at, size_t size, int protection, int flags, int file, off_t offset) {
+  return refused() ? MAP_FAILED : __real_mmap(at, size, protection, flags, file, offset);
+}
+}
+
+void* operator new(size_t size) {
+  void* const memory = refused() ? nullptr : std::malloc(size ? size : 1);
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+void* operator new[](size_t size) { return operator new(size); }
+void* operator new(size_t size, std::align_val_t alignment) {
+  const size_t to = static_cast<size_t>(alignment);
+  void* const memory = refused() ? nullptr : __real_aligned_alloc(to, (size + to - 1) / to * to);
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+void* operator new[](size_t size, std::align_val_t alignment) { return operator new(size, alignment); }
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete[](void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }
+
+namespace kjax {
+namespace {
+
+#include "decode_scalar.h"
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : engine_(seed) {}
+  uint64_t bits() { return engine_(); }
+  int64_t between(int64_t low, int64_t high) { return low + static_cast<int64_t>(bits() % (high - low + 1)); }
+  bool one_in(int64_t n) { return between(1, n) == 1; }
+
+ private:
+  std::mt19937_64 engine_;
+};
+
+// Bytes that end, or begin, where an unmapped page begins, or ends: one byte too far is a crash in any build.
+class Fenced {
+ public:
+  Fenced(int64_t bytes, bool at_end) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), size = static_cast<size_t>(bytes);
+    const size_t inner = (size + page - 1) / page * page + page;
+    whole_ = inner + 2 * page;
+    raw_ = static_cast<uint8_t*>(
+        __real_mmap(nullptr, whole_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (raw_ == MAP_FAILED) throw std::bad_alloc();
+    mprotect(raw_, page, PROT_NONE);
+    mprotect(raw_ + page + inner, page, PROT_NONE);
+    data_ = at_end ? raw_ + page + inner - size : raw_ + page;
+  }
+  Fenced(const Fenced&) = delete;
+  ~Fenced() { munmap(raw_, whole_); }
+  uint8_t* data() const { return data_; }
+
+ private:
+  uint8_t *raw_, *data_;
+  size_t whole_;
+};
+
+int64_t scale_count(Format format, int64_t rows, int64_t cols) {
+  const ScaleBlock& block = kScaleBlock[static_cast<int>(format)];
+  return block.bytes ? (rows + block.rows - 1) / block.rows * scales_per_row(block, cols) : 0;
+}
+
+// Any bytes; `tame` ones mean finite numbers.
+void fill(Format format, uint8_t* codes, int64_t bytes, uint8_t* scales, int64_t count, bool tame, Random& random) {
+  const int64_t scale_bytes = kScaleBlock[static_cast<int>(format)].bytes;
+  for (int64_t i = 0; i < bytes; ++i) codes[i] = static_cast<uint8_t>(random.bits());
+  for (int64_t i = 0; i < count * scale_bytes; ++i) scales[i] = static_cast<uint8_t>(random.bits());
+  if (!tame) return;
+  const int64_t wide = format == Format::kBf16 ? 2 : format == Format::kFp32 ? 4 : 0;
+  for (int64_t i = wide - 1; wide && i < bytes; i += wide) codes[i] = static_cast<uint8_t>((codes[i] & 0x80) | 0x3e);
+  if (format == Format::kFp8Block || format == Format::kFp8Channel)
+    for (int64_t i = 0; i < bytes; ++i)
+      if ((codes[i] & 127) == 127) codes[i] ^= 1;
+  for (int64_t i = scale_bytes - 1; scale_bytes && i < count * scale_bytes; i += scale_bytes)
+    scales[i] = static_cast<uint8_t>((scales[i] & 0x80) | 0x3c);
+}
+
+// One product with rows that are zero but for a single one: C holds decoded weights, to the bit.
+std::string fuzz_product(const Kernels& kernels, uint64_t seed) {
+  Random random(seed);
+  const Format format = static_cast<Format>(random.between(0, kFormats - 1));
+  const int which = static_cast<int>(format);
+  const Gemm& gemm = *kernels.gemm[which];
+  const bool along = random.one_in(2), tame = !random.one_in(4), at_end = !random.one_in(3), add = random.one_in(4);
+  const Dtype type = kOperandType[which];
+  const int64_t size = type == Dtype::kBf16 ? 2 : 4;
+  const auto extent = [&] { return random.one_in(3) ? random.between(1, 700) : random.between(1, 160); };
+  const int64_t rows = extent(), cols = extent(), m = random.one_in(3) ? random.between(1, 130) : random.between(1, 9);
+  const int64_t depth = along ? cols : rows, across = along ? rows : cols;
+  const int64_t widest = along ? gemm.along_width : gemm.across_width;
+  const int64_t first = random.between(0, (across - 1) / kLine) * kLine;
+  const int64_t count = std::min(across - first, random.one_in(2) ? widest : random.between(1, widest));
+  const int64_t bytes = rows * row_bytes(format, cols), scales = scale_count(format, rows, cols);
+  const Fenced codes(bytes, at_end), scale_memory(scales * kScaleBlock[which].bytes, at_end);
+  fill(format, codes.data(), bytes, scale_memory.data(), scales, tame, random);
+  const Matrix w{codes.data(), scales ? scale_memory.data() : nullptr, rows, cols};
+
+  // Operands as a pass lays them out: padded rows, whole tiles of them.
+  const int64_t lda = (depth + kPad - 1) / kPad * kPad + kPad, slots = (m + kRowTile - 1) / kRowTile * kRowTile;
+  Memory plain(static_cast<size_t>((slots + kRowTile) * lda * size)), packed(plain.size()), scratch(kScratch);
+  std::memset(plain.data(), 0, plain.size());
+  std::memset(packed.data(), 0, packed.size());
+  std::vector<int64_t> hot(m);
+  for (int64_t r = 0; r < m; ++r) {
+    hot[r] = random.between(0, depth - 1);
+    const uint16_t one = 0x3f80;
+    const float whole = 1;
+    std::memcpy(plain.data() + (r * lda + hot[r]) * size, size == 2 ? static_cast<const void*>(&one) : &whole, size);
+  }
+  const bool takes_packed = along && gemm.pack;
+  if (takes_packed) gemm.pack(plain.data(), lda, m, 0, m, 0, depth, packed.data(), lda);
+
+  const int64_t ldc = (count + kLine - 1) / kLine * kLine;
+  Memory c(static_cast<size_t>((m + 15) / 16 * 16 * ldc) * 4);
+  float* const out = reinterpret_cast<float*>(c.data());
+  for (int64_t i = 0; i < m * ldc; ++i) out[i] = add ? 2.0f : -77.0f;
+  const Strip strip{w, first, count}, next = random.one_in(2) ? strip : Strip{};
+  if (gemm.begin) gemm.begin();
+  (along ? gemm.along : gemm.across)[which](
+      {takes_packed ? packed.data() : plain.data(), lda, m, strip, next, out, ldc, add, scratch.data()});
+  if (gemm.end) gemm.end();
+  if (!tame) return "";  // NaN and Inf, which loading refuses, may end up anywhere
+  std::vector<float> line(cols);
+  for (int64_t r = 0; r < m; ++r)
+    for (int64_t n = 0; n < count; ++n) {
+      float weight;
+      if (along) decode_row(format, w, first + n, hot[r], 1, &weight);
+      else decode_row(format, w, hot[r], first + n, 1, &weight);
+      const float expected = add ? 2.0f + weight : weight;
+      if (out[r * ldc + n] != expected)
+        return text(gemm.name, " ", kFormatInfo[which].name, along ? " along" : " across", " W [", rows, ", ", cols,
+                    "], strip ", first, " + ", count, ", ", m, " rows: C[", r, ", ", n, "] = ", out[r * ldc + n],
+                    ", not ", expected);
+    }
+  return "";
+}
+
+int fuzz(double seconds, uint64_t seed) {
+  std::vector<std::string> isas;
+  for (const auto& [isa, why_not] : available_isas(cpu_features()))
+    if (why_not.empty()) isas.push_back(isa);
+  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  uint64_t done = 0;
+  do {
+    for (const std::string& isa : isas) {
+      force_isa(isa);
+      if (const std::string wrong = fuzz_product(*chosen().kernels, seed + done); !wrong.empty()) {
+        std::printf("%s: %s\nagain by: kjax_robust fuzz 0 %llu\n", isa.c_str(), wrong.c_str(),
+                    static_cast<unsigned long long>(seed + done));
+        return 1;
+      }
+    }
+    ++done;
+  } while (std::chrono::steady_clock::now() < end);
+  std::printf("fuzz: %llu products on each of %zu instruction sets, seed %llu\n", static_cast<unsigned long long>(done),
+              isas.size(), static_cast<unsigned long long>(seed));
+  return 0;
+}
+
+// A small store and a call over it.
+struct Example {
+  Example(Format format, uint64_t seed) : width(96), hidden(72) {
+    Random random(seed);
+    constexpr int kExperts = 5;
+    const auto store = std::make_shared<Store>(1, kExperts, width, hidden, format);
+    for (int projection = 0; projection < kProjections; ++projection) {
+      const Matrix w = store->matrix(0, 0, projection);
+      const int64_t bytes = w.rows * row_bytes(format, w.cols), scales = scale_count(format, w.rows, w.cols);
+      std::vector<int32_t> buffer(kExperts), scale_buffer(kExperts);
+      const std::vector<int64_t> offset(kExperts, 0);
+      for (int e = 0; e < kExperts; ++e) {
+        const auto codes = std::make_shared<Fenced>(bytes, true), scale = std::make_shared<Fenced>(scales * 4, true);
+        fill(format, codes->data(), bytes, scale->data(), scales, true, random);
+        buffer[e] = store->add_buffer(std::shared_ptr<const uint8_t>(codes, codes->data()), bytes);
+        scale_buffer[e] = store->add_buffer(std::shared_ptr<const uint8_t>(scale, scale->data()), scales * 4);
+      }
+      store->place(0, projection, buffer.data(), offset.data(), scales ? scale_buffer.data() : nullptr, offset.data());
+    }
+    std::vector<int32_t> nodes(kExperts);
+    for (int e = 0; e < kExperts; ++e) nodes[e] = e % static_cast<int>(kjax::nodes().size());
+    store->set_nodes(nodes.data());
+    id = register_store(store);
+    for (int64_t i = 0; i < kTokens * width; ++i) x.push_back(static_cast<float>(random.between(-99, 99)) / 50);
+    for (int64_t i = 0; i < kTokens * kPerToken; ++i) {
+      idx.push_back(static_cast<int32_t>(random.between(-1, kExperts - 1)));
+      gate.push_back(0.25f);
+    }
+  }
+
+  // The bits of y, of the gradients from the stash, and of those computed again.
+  uint64_t results() const {
+    thread_local std::vector<float> y(kTokens * 96), dx(kTokens * 96), dgate(kTokens * kPerToken);
+    const Call call{id, 0, kTokens, width, kPerToken, Dtype::kFp32, x.data(), idx.data(), gate.data()};
+    uint64_t hash = 0;
+    const auto add = [&](const std::vector<float>& numbers) {
+      hash = hash * 31 + hash_idx(reinterpret_cast<const int32_t*>(numbers.data()), static_cast<int64_t>(numbers.size()));
+    };
+    const int32_t slip = experts_forward(call, true, y.data());
+    add(y);
+    for (int i = 0; i < 2; ++i) {
+      experts_backward(call, slip, x.data(), dx.data(), dgate.data());
+      add(dx);
+      add(dgate);
+    }
+    return hash;
+  }
+
+  static constexpr int64_t kTokens = 50, kPerToken = 2;
+  const int64_t width, hidden;
+  int id;
+  std::vector<float> x, gate;
+  std::vector<int32_t> idx;
+};
+
+// A fresh process, without threads or kept memory, that refuses allocation `at` of its first call; -1 refuses none. It
+// then calls again and reports the results. True while there was such an allocation.
+bool refuse(int64_t at, const Example& example, uint64_t& results, bool& good) {
+  int channel[2];
+  if (pipe(channel)) throw std::runtime_error("pipe");
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(60);
+    const int64_t before = allocations.load();
+    refuse_at.store(at < 0 ? -1 : before + at);
+    try {
+      example.results();
+    } catch (const std::bad_alloc&) {
+    } catch (const std::exception& error) {
+      if (at < 0) _exit(3);
+    }
+    refuse_at.store(-1);
+    const uint64_t hash = example.results();
+    if (write(channel[1], &hash, sizeof hash) != sizeof hash) _exit(4);
+    _exit(allocations.load() - before > at ? 0 : 2);
+  }
+  close(channel[1]);
+  uint64_t hash = 0;
+  const bool told = read(channel[0], &hash, sizeof hash) == sizeof hash;
+  close(channel[0]);
+  int status;
+  waitpid(child, &status, 0);
+  if (at < 0) results = hash;
+  if (!told || hash != results || !WIFEXITED(status) || (WEXITSTATUS(status) != 0 && WEXITSTATUS(status) != 2)) {
+    std::printf("allocation %lld refused: status %#x, results %s\n", static_cast<long long>(at), status,
+                hash == results ? "right" : "wrong");
+    good = false;
+  }
+  return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+int refusals() {
+  const Example example(Format::kFp8Block, 1);
+  uint64_t results = 0;
+  bool good = true;
+  refuse(-1, example, results, good);
+  int64_t at = 0;
+  for (; good && at < 2000; ++at)
+    if (!refuse(at, example, results, good)) break;
+  std::printf("refusals: each of %lld allocations of a first call refused once%s\n", static_cast<long long>(at),
+              good ? ", an exception every time, and the next call right" : ": WRONG");
+  return !good;
+}
+
+int steady() {
+  bool good = true;
+  for (const Format format : {Format::kBf16, Format::kFp32, Format::kInt4Group32}) {
+    const Example example(format, 2);
+    const uint64_t expected = example.results();
+    for (int i = 0; i < 3; ++i) example.results();
+    const int64_t before = allocations.load();
+    for (int i = 0; i < 20; ++i) good &= example.results() == expected;
+    const int64_t made = allocations.load() - before;
+    std::printf("steady: %lld allocations in 60 calls on %s\n", static_cast<long long>(made),
+                kFormatInfo[static_cast<int>(format)].name);
+    good &= made == 0;
+    close_store(example.id);
+  }
+  return !good;
+}
+
+// Calls over two stores from four threads, while a fifth opens and closes others.
+int together(double seconds) {
+  set_nodes({{0, {0}}, {1, {1}}});  // made up: two queues of tasks, whatever the machine has
+  const Example one(Format::kBf16, 3), two(Format::kFp8Channel, 4);
+  const uint64_t first = one.results(), second = two.results();
+  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  std::atomic<int64_t> calls{0}, wrong{0};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 5; ++i)
+    threads.emplace_back([&, i] {
+      while (std::chrono::steady_clock::now() < end) {
+        if (i == 4) {
+          const Example other(Format::kInt8Group128, 5);
+          other.results();
+          close_store(other.id);
+          release_workspace();
+        } else {
+          wrong += i % 2 ? one.results() != first : two.results() != second;
+        }
+        ++calls;
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  std::printf("together: %lld rounds of calls on 5 threads, %lld wrong\n", static_cast<long long>(calls.load()),
+              static_cast<long long>(wrong.load()));
+  return wrong != 0;
+}
+
+int main(int argc, char** argv) {
+  const std::string what = argc > 1 ? argv[1] : "";
+  if (what == "fuzz") return fuzz(argc > 2 ? std::atof(argv[2]) : 10, argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1);
+  if (what == "refusals") return refusals();
+  if (what == "steady") return steady();
+  if (what == "together") return together(argc > 2 ? std::atof(argv[2]) : 5);
+  std::fputs("kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | together [SECONDS]\n", stderr);
+  return 2;
+}
+
+}  // namespace
+}  // namespace kjax
+
+int main(int argc, char** argv) {
+  try {
+    return kjax::main(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 2;
+  }
+}

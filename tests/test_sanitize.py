@@ -1,0 +1,33 @@
+"""The stand-alone program that fuzzes decodes, refuses memory and counts allocations: built plain, run for seconds."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+EXT = Path(__file__).parents[1] / "ext"
+
+
+@pytest.fixture(scope="module")
+def robust(tmp_path_factory) -> Path:
+    """build/plain/kjax_robust as scripts/sanitize.sh makes it, made here where it is not."""
+    if not shutil.which("cmake") or os.uname().sysname != "Linux":
+        pytest.skip("needs cmake on Linux")
+    directory = tmp_path_factory.mktemp("plain")
+    for command in (["cmake", "-S", EXT, "-B", directory, "-DKJAX_PYTHON=OFF"],
+                    ["cmake", "--build", directory, "--parallel", "2", "--target", "kjax_robust"]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    return directory / "kjax_robust"
+
+
+@pytest.mark.parametrize("mode, says", [
+    ("fuzz 3 7", "fuzz: "), ("steady", "steady: 0 allocations in 60 calls on int4_group32"),
+    ("refusals", "an exception every time, and the next call right"), ("together 2", ", 0 wrong"),
+])  # fmt: skip
+def test_robust(robust, mode, says):
+    done = subprocess.run([robust, *mode.split()], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "KJAX_THREADS": "3"})  # fmt: skip
+    assert done.returncode == 0 and says in done.stdout, (done.stdout, done.stderr)
