@@ -73,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max_new_tokens", type=_positive, default=512, metavar="N")
     chat.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token (default)")
     chat.add_argument("--top_p", type=float, default=1.0, metavar="X")
+    chat.add_argument("--thinking", action=argparse.BooleanOptionalAction, help="whether replies may reason first; "
+                      "default: as the chat template has it")
     chat.add_argument("--seed", type=int, default=0, metavar="N")
     chat.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the run's, else bfloat16")
     chat.add_argument("--experts", choices=("host", "device"), help="default: the run's, else host")
@@ -196,7 +198,7 @@ def _chat(args) -> int:
 
     def generate(messages, stream):
         return model.generate(messages, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                              top_p=args.top_p, seed=args.seed, stream=stream)
+                              top_p=args.top_p, seed=args.seed, stream=stream, thinking=args.thinking)
 
     messages = [{"role": "system", "content": args.system}] if args.system else []
     try:

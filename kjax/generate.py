@@ -1,6 +1,7 @@
 """Text from a model, token by token: prefill in chunks, decode over a cache, greedy or sampled."""
 
 import math
+import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 
 import jax
@@ -75,6 +76,8 @@ class Generator:
                top_p: float = 1.0, seed: int = 0, stop: Container[int] = ()) -> Iterator[int]:
         """The tokens that follow the prompt, until one of `stop` (not given out) or max_new_tokens.
 
+        The model's context ends a reply too, and a warning says so.
+
         variables: the collections "params" and, with adapters, "lora".
         temperature 0 takes the most probable token; otherwise equal seeds give equal tokens.
         """
@@ -84,10 +87,10 @@ class Generator:
         check_tokens(prompt, config.vocab_size)
         if not prompt.size:
             raise DataError("the prompt has no tokens")
-        longest, key = config.longest_row
+        longest, limit = config.longest_row
         room = longest - prompt.size
         if room < 1:
-            raise DataError(f"the prompt has {prompt.size} tokens, the model reads {key} = {longest}; shorten it")
+            raise DataError(f"the prompt has {prompt.size} tokens, the model reads {limit} = {longest}; shorten it")
         new = min(max_new_tokens, room)
 
         key = jax.random.key(seed)
@@ -110,6 +113,9 @@ class Generator:
             if number < new:
                 cache, token, finite = self._advance(variables, cache, self._inputs(token.reshape(1, 1)), np.int32(1),
                                                      jax.random.fold_in(key, number), *draw)
+        if new < max_new_tokens:
+            warnings.warn(f"the reply was cut after {new} tokens: with its prompt it has reached {limit} = {longest}",
+                          stacklevel=2)
 
 
 def _check(max_new_tokens, temperature, top_p, seed):

@@ -151,8 +151,9 @@ class Model:
         top_p: float = 1.0,
         seed: int = 0,
         stream: Callable[[str], object] | None = None,
+        thinking: bool | None = None,
     ) -> str:
-        """The model's reply to a conversation.
+        """The model's reply to a conversation. Warns where the model's context cuts it off.
 
         Args:
           messages: [{"role": "user", "content": ...}, ...], rendered by the model's chat template; a string is one
@@ -160,13 +161,20 @@ class Model:
           temperature: 0 takes the most probable token each time; otherwise tokens are drawn, repeatably by `seed`.
           top_p: draw among the most probable tokens that together have this probability.
           stream: is called with each piece of text as it comes, in whole characters; together they are the reply.
+          thinking: whether the reply may reason first; None: as the chat template has it. ConfigError where the
+            template does not ask.
         """
         if self.tokenizer is None:
             raise CheckpointError(f"{self.directory}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); "
                                   "copy the base model's there")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        prompt, _ = self.tokenizer.render(messages, add_generation_prompt=True)
+        prompt, _ = self.tokenizer.render(messages, add_generation_prompt=True, thinking=thinking)
+        if thinking is not None:
+            other, _ = self.tokenizer.render(messages, add_generation_prompt=True, thinking=not thinking)
+            if np.array_equal(prompt, other):
+                raise ConfigError(f"thinking = {thinking}: the chat template {self.tokenizer.template.name} does not "
+                                  "ask whether a reply may reason; leave it out, or give a template that does")
         text, pieces = TextStream(self.tokenizer.decode), []
 
         def emit(piece: str):

@@ -24,7 +24,8 @@ INT4 = _compressed("pack-quantized", {"num_bits": 4, "type": "int", "symmetric":
                                       "group_size": 32, "actorder": None, "dynamic": False})
 CHANNEL = _compressed("float-quantized", {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel",
                                           "dynamic": False})
-SETTINGS = {"fp8": FP8, "ue8m0": FP8 | {"scale_fmt": "ue8m0"}, "channel": CHANNEL, "int4": INT4}
+SETTINGS = {"fp8": FP8, "ue8m0": FP8 | {"scale_fmt": "ue8m0"}, "channel": CHANNEL, "channel_bf16": CHANNEL,
+            "int4": INT4}
 
 
 def to_e4m3(numbers):
@@ -41,17 +42,18 @@ def blockwise(scales, block, shape):
     return np.kron(scales, np.ones(block, np.float32))[:shape[0], :shape[1]].astype(np.float32)
 
 
-def fp8(weight, block, power_of_two=False):
-    """(codes, scales, the weight they mean as bf16) of a float32 weight [out,in]."""
+def fp8(weight, block, power_of_two=False, dtype=np.float32):
+    """(codes, scales in dtype, the weight they mean as bf16) of a float32 weight [out,in]."""
     out, in_ = weight.shape
     rows, columns = -(-out // block[0]), -(-in_ // block[1])
     padded = np.zeros((rows * block[0], columns * block[1]), np.float32)
     padded[:out, :in_] = weight
     scales = np.abs(padded.reshape(rows, block[0], columns, block[1])).max((1, 3)) / 448
     scales = np.exp2(np.ceil(np.log2(scales))) if power_of_two else scales
-    scales = scales.astype(np.float32)
+    stored = scales.astype(dtype)
+    scales = stored.astype(np.float32)
     codes = to_e4m3(weight / blockwise(scales, block, weight.shape))
-    return codes, scales, (codes.astype(np.float32) * blockwise(scales, block, weight.shape)).astype(BF16)
+    return codes, stored, (codes.astype(np.float32) * blockwise(scales, block, weight.shape)).astype(BF16)
 
 
 def int4(weight):
@@ -80,9 +82,11 @@ def quantise(tensors, kind):
             shape = np.array(array.shape, np.int64 if ".up_proj" in name else np.int32)
             stored |= {f"{name}_packed": packed, f"{name}_scale": scales, f"{name}_shape": shape}
         elif kind != "int4" and linear:
-            block = (1, array.shape[1]) if kind == "channel" else (128, 128)
-            stored[name], scales, meant[name] = fp8(array, block, power_of_two=kind == "ue8m0")
-            stored[name + ("_scale" if kind == "channel" else "_scale_inv")] = scales
+            channel = kind.startswith("channel")
+            stored[name], scales, meant[name] = fp8(
+                array, (1, array.shape[1]) if channel else (128, 128), power_of_two=kind == "ue8m0",
+                dtype=BF16 if kind == "channel_bf16" else np.float32)
+            stored[name + ("_scale" if channel else "_scale_inv")] = scales
         else:
             keep = array if name.endswith("e_score_correction_bias") else array.astype(BF16)
             stored[name] = meant[name] = keep

@@ -1,5 +1,6 @@
 """The command line end to end on a tiny model, its exit codes, and that errors are one message without traceback."""
 
+import importlib
 import io
 import json
 import os
@@ -53,6 +54,15 @@ def test_chat_once(job, capsys):
     assert cli.main(["chat", "--model", str(job / "model"), "--adapter", str(job / "run" / "adapter"), "--dtype",
                      "float32", *arguments]) == 0
     assert by_run.endswith("\n") and capsys.readouterr().out == by_run
+
+
+@pytest.mark.parametrize(("flags", "thinking"), [([], None), (["--thinking"], True), (["--no-thinking"], False)])
+def test_chat_asks_for_reasoning_or_none(job, monkeypatch, flags, thinking):
+    asked = []
+    monkeypatch.setattr(importlib.import_module("kjax.load").Model, "generate", lambda self, messages, **options:
+                        asked.append(options["thinking"]) or "x")
+    assert cli.main(["chat", "--model", str(job / "model"), "--message", "x", *flags]) == 0
+    assert asked == [thinking]
 
 
 def test_chat_refuses(job, tmp_path, capsys):

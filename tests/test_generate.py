@@ -137,7 +137,9 @@ def test_stop_tokens_end_the_reply(v3):
 
 def test_generation_ends_with_the_model_context(v3):
     run, variables = v3
-    assert len(list(run.tokens(variables, [1] * 45, 100))) == 5
+    with pytest.warns(UserWarning, match="cut after 5 tokens: .* reached max_position_embeddings = 50"):
+        assert len(list(run.tokens(variables, [1] * 45, 100))) == 5
+    assert len(list(run.tokens(variables, [1] * 45, 5))) == 5, "what was asked for, and no warning"
     with pytest.raises(DataError, match="50 tokens, the model reads max_position_embeddings = 50"):
         next(run.tokens(variables, [1] * 50, 1))
 
@@ -231,3 +233,21 @@ def test_end_of_sentence_ends_the_reply(chat_model, monkeypatch):
     ids = list(chat_model.tokens([256, 258, 70, 259], 12))
     monkeypatch.setattr(chat_model.tokenizer, "eos_ids", frozenset([ids[3]]))
     assert list(chat_model.tokens([256, 258, 70, 259], 12)) == ids[: ids.index(ids[3])]
+
+
+ASKS = """{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}
+{{- "yes" if enable_thinking is not defined or enable_thinking else "no" }}{% endif %}"""
+
+
+def test_thinking_reaches_the_template(chat_model, monkeypatch, tmp_path):
+    template = tmp_path / "asks.jinja"
+    template.write_text(ASKS)
+    with load(chat_model.directory, dtype="float32", template=template) as model:
+        prompts = []
+        monkeypatch.setattr(model, "tokens", lambda prompt, *_, **__:
+                            prompts.append(model.tokenizer.decode(prompt)) or [])
+        for thinking in (None, True, False):
+            model.generate("x", thinking=thinking)
+    assert [prompt[-3:] for prompt in prompts] == ["yes", "yes", "xno"]
+    with pytest.raises(ConfigError, match="thinking = False: the chat template .* does not ask"):
+        chat_model.generate("x", thinking=False)

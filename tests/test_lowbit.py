@@ -4,6 +4,7 @@ import dataclasses
 import math
 import statistics
 
+import family_cases
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ R1 = weights_cases.V3 | {
     "n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
     "quantization_config": quantised_cases.FP8,
 }  # fmt: skip
+GLM = family_cases.content("glm4_moe qk_norm", 1) | {"attention_bias": True, "partial_rotary_factor": 0.5}
 
 
 def weight(shape=(150, 200), seed=0):
@@ -128,14 +130,16 @@ def quantised(params, weights, quantization=None):
 
 
 @pytest.mark.parametrize("weights", LOW)
-@pytest.mark.parametrize("config_json", [weights_cases.V3, weights_cases.V2 | {"tie_word_embeddings": True}],
-                         ids=["v3", "v2 tied"])
+@pytest.mark.parametrize("config_json", [
+    weights_cases.V3, weights_cases.V2 | {"tie_word_embeddings": True}, GLM, family_cases.content("qwen3_moe", 1),
+], ids=["v3", "v2 tied", "glm4_moe", "qwen3_moe"])  # fmt: skip
 def test_gradients_are_those_of_the_plain_dequantised_model(weights, config_json):
     made = ModelConfig.from_json(config_json)
     low, meant = quantised(weights_cases.random_params(config_json), weights)
     assert jax.tree.map(jnp.shape, {k: v for k, v in low.items() if k != "embed_tokens" or made.tie_word_embeddings}) \
         == jax.tree.map(lambda leaf: leaf.shape, abstract_params(made, "float32", "device", weights))
-    spec = lora.resolve(config.Lora(targets=("attention", "shared", "dense"), rank=3), linears(made))
+    groups = {lora.group(path) for path in linears(made)} & {"attention", "shared", "dense"}
+    spec = lora.resolve(config.Lora(targets=tuple(sorted(groups)), rank=3), linears(made))
     tree = jax.tree.map(lambda leaf: leaf + 0.02, lora.init(spec, linears(made), jax.random.key(1)))
     tokens = np.random.default_rng(2).integers(0, made.vocab_size, (4, 7)).astype(np.int32)
     table = meant["embed_tokens"]["weight"]
@@ -254,7 +258,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("weights", LOW)
-@pytest.mark.parametrize("kind", [None, "fp8", "channel", "int4"])
+@pytest.mark.parametrize("kind", [None, "fp8", "channel", "channel_bf16", "int4"])
 def test_loading_in_blocks_on_either_path_gives_the_formats_bytes(tmp_path, monkeypatch, weights, kind):
     directory, _ = weights_cases.write(tmp_path / "model", quantised_cases.SIZES)
     if kind is not None:

@@ -1,11 +1,13 @@
 """Published quantised formats: what is loaded and what the host multiplies equal the bf16 weights that they mean."""
 
 import dataclasses
+import itertools
 import json
 import re
 import tracemalloc
 
 import ext_oracle
+import family_cases
 import jax
 import ml_dtypes
 import numpy as np
@@ -21,11 +23,13 @@ from kjax import adapters, plan
 from kjax.models import ModelConfig, abstract_params, unembed
 from kjax.offload import formats, host_experts
 from kjax.offload.formats import FORMATS, Quantised
+from kjax.offload.store import PROJECTIONS
 from kjax.weights import load
 from kjax.weights.account import account, expert_sources
 from kjax.weights.safetensors import Checkpoint
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 19))
+FORMATS_OF = {"channel": "fp8_channel", "channel_bf16": "fp8_channel", "ue8m0": "fp8_block"}
 KINDS = ("fp8", "ue8m0", "channel", "int4")
 
 
@@ -88,6 +92,20 @@ def test_experts_in_place_bit_for_bit(pair):
                     tensors[f"model.layers.1.mlp.experts.{expert}.{name}.weight"]))
 
 
+@pytest.mark.parametrize("storage", ["mapped", "resident"])
+def test_bf16_scales_of_rows(whole, tmp_path, storage):
+    """compressed-tensors writes scales in the dtype that the weights had: kernels get them as fp32."""
+    stored, _, _, tensors = cases.write(tmp_path, whole, "channel_bf16")
+    config = ModelConfig.from_json(stored)
+    with Checkpoint(stored) as checkpoint:
+        store = load.open_experts(checkpoint, config, storage=storage)
+    with store:
+        for layer in range(config.num_moe_layers):
+            for expert, name in itertools.product(range(config.n_routed_experts), PROJECTIONS):
+                tensor = f"model.layers.{config.num_dense_layers + layer}.mlp.experts.{expert}.{name}.weight"
+                np.testing.assert_array_equal(store.decode(layer, expert, name), np.float32(tensors[tensor]))
+
+
 def test_scales_lie_in_other_shards(pair):
     stored, _, _ = pair
     with Checkpoint(stored) as checkpoint:
@@ -104,6 +122,35 @@ def test_logits_are_those_of_the_bf16_copy(pair):
         assert model.store.format != "bf16"
         logits, expected = (np.asarray(m.logits(TOKENS)) for m in (model, copy))
     np.testing.assert_array_equal(logits, expected)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("glm4_moe qk_norm", "channel"), ("glm4_moe", "channel_bf16"),
+                                              ("deepseek_v32", "ue8m0")])
+def test_whole_models_as_they_are_published(tmp_path, family, kind):
+    """GLM's FP8 and DeepSeek-V3.2's, with prediction layer and indexer beside what is loaded."""
+    content = family_cases.content(family, 0) | {"vocab_size": 96, "hidden_size": 160, "moe_intermediate_size": 136}
+    weights_cases.write(tmp_path / "whole", content)
+    stored, meant, tensors, _ = cases.write(tmp_path, tmp_path / "whole", kind)
+    if kind == "ue8m0":
+        scales = [array for name, array in tensors.items() if name.endswith("_scale_inv")]
+        assert all((np.frexp(array)[0] == 0.5).all() for array in scales)
+    last, beyond = content["num_hidden_layers"] - 1, content["num_hidden_layers"]
+    extra = {name.replace(f"layers.{last}.", f"layers.{beyond}."): array for name, array in tensors.items()
+             if f"layers.{last}." in name}
+    if family == "deepseek_v32":
+        extra |= {name.replace("q_a_proj", "indexer.wk"): array for name, array in tensors.items()
+                  if "q_a_proj" in name}
+    assert len(extra) > 20
+    weights_cases.rewrite(stored, tensors | extra, shards=2)
+    tokens = TOKENS[:, :16]  # within index_topk
+    with kjax.load(stored, dtype="float32") as model, kjax.load(meant, dtype="float32") as copy:
+        assert model.store.format == FORMATS_OF[kind] and copy.store.format == "bf16"
+        logits, expected = (np.asarray(m.logits(tokens)) for m in (model, copy))
+        assert_equal(model.params, copy.params)
+    np.testing.assert_array_equal(logits, expected)
+    with kjax.load(stored, dtype="float32", weights="8bit") as model:  # its own codes, and an INT8 head
+        errors = np.asarray(model.logits(tokens)) - expected
+    assert 0 < np.abs(errors).max() <= 0.02 * np.abs(expected).max()
 
 
 def test_plan_counts_the_bytes_of_the_files(pair):

@@ -237,6 +237,19 @@ def test_tensor_in_two_shards(sharded):
         Checkpoint(sharded)
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_another_spelling_of_the_text_layers(tmp_path, indexed):
+    """What transformers 5.23 saves of Kimi-K2.5; the vision part has blocks of its own."""
+    vision, file = "vision_tower.encoder.blocks.0.w", "a.safetensors" if indexed else "model.safetensors"
+    stored = {"language_model.model.blocks.3.mlp.blocks.w": np.arange(3.0), vision: np.zeros(1)}
+    save_file(stored, tmp_path / file)
+    if indexed:
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(stored, file)}))
+    with Checkpoint(tmp_path) as checkpoint:
+        assert set(checkpoint.names()) == {"language_model.model.layers.3.mlp.blocks.w", vision}
+        np.testing.assert_array_equal(checkpoint.read("language_model.model.layers.3.mlp.blocks.w"), np.arange(3.0))
+
+
 def test_index_that_names_a_tensor_twice(sharded):
     (sharded / INDEX).write_text('{"weight_map": {"t0.a": "model-00001-of-00003.safetensors", "t0.a": "other"}}')
     with pytest.raises(CheckpointError, match="'t0.a' appears twice"):

@@ -29,12 +29,14 @@ class Format:
 
     block: the rows and columns that share a scale; 0 columns: the whole row.
     packed: codes in one element of the tensor, beginning at its low bits; stored as code + 8.
+    narrow: a smaller dtype that scales may have in a file; the kernels get them as scale_dtype.
     """
 
     dtype: str
     scale_dtype: str
     block: tuple[int, int]
     packed: int = 1
+    narrow: str | None = None
 
     def shape(self, out: int, in_: int) -> tuple[int, int]:
         return out, math.ceil(in_ / self.packed)
@@ -46,7 +48,7 @@ class Format:
 
 FORMATS = {  # by the name that the kernels know
     "fp8_block": Format("F8_E4M3", "F32", (128, 128)),
-    "fp8_channel": Format("F8_E4M3", "F32", (1, 0)),
+    "fp8_channel": Format("F8_E4M3", "F32", (1, 0), narrow="BF16"),
     "int4_group32": Format("I32", "BF16", (1, 32), packed=8),
     "int8_group128": Format("I8", "BF16", (1, 128)),
 }
@@ -72,7 +74,11 @@ class Quantised:
         """Its two tensors, each with the dtype and shape that it must have."""
         made = FORMATS[self.format]
         yield self.codes, made.dtype, made.shape(*self.shape)
-        yield self.scales, made.scale_dtype, made.scales_shape(*self.shape)
+        yield self.scales, made.narrow if self.is_narrow else made.scale_dtype, made.scales_shape(*self.shape)
+
+    @property
+    def is_narrow(self) -> bool:
+        return self.scales.dtype == FORMATS[self.format].narrow
 
 
 BAND = 128  # rows decoded at a time: a multiple of every block's, and little memory beside the result

@@ -2,9 +2,12 @@
 
 import concurrent.futures
 import contextlib
+import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 
+import ml_dtypes
 import numpy as np
 
 from kjax import _ext, progress
@@ -52,11 +55,7 @@ class Resident:
         with contextlib.ExitStack() as stack:
             handles = {}
             for path in dict.fromkeys(entry.path for entry, _ in order):
-                try:
-                    handles[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
-                stack.callback(os.close, handles[path])
+                handles[path] = stack.enter_context(_opened(path))
             bar = stack.enter_context(progress.bytes_bar("Copying routed experts", total, show))
             cpus = [cpus for _, cpus in _ext.nodes()]
             pools = [concurrent.futures.ThreadPoolExecutor(WORKERS, "kjax-copy", _pin, (cpus[node],))
@@ -75,6 +74,37 @@ class Resident:
                 future.result()
             for handle in handles.values():
                 _drop(handle, 0, 0)  # pages that two tensors share
+
+
+def as_float32(scales: Sequence[Entry]) -> tuple[np.ndarray, dict[tuple[str, int], int]]:
+    """(fp32 numbers, the byte at which those of each tensor begin, by path and begin) of bf16 tensors.
+
+    For scales of rows that a file has in bf16: 4 bytes for a row of thousands of weights.
+    """
+    entries = sorted(scales, key=lambda entry: (str(entry.path), entry.begin))
+    numbers, offsets, at = np.empty(sum(math.prod(entry.shape) for entry in entries), np.float32), {}, 0
+    for path, of_file in itertools.groupby(entries, key=lambda entry: entry.path):
+        with _opened(path) as handle:
+            for entry in of_file:
+                raw = np.empty(entry.end - entry.begin, np.uint8)
+                _read(handle, raw, entry, 0)
+                offsets[str(path), entry.begin] = at * numbers.itemsize
+                stop = at + math.prod(entry.shape)
+                numbers[at:stop] = raw.view(ml_dtypes.bfloat16)
+                at = stop
+    return numbers, offsets
+
+
+@contextlib.contextmanager
+def _opened(path) -> Iterator[int]:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def _memory(size: int, node: int) -> tuple[np.ndarray, str]:

@@ -10,7 +10,7 @@ import numpy as np
 from kjax import _ext
 from kjax.errors import CheckpointError
 from kjax.offload.formats import ALIGNMENT, FORMATS, Entry, Quantised
-from kjax.offload.resident import Resident
+from kjax.offload.resident import Resident, as_float32
 from kjax.offload.storage import Mode
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -48,6 +48,7 @@ class ExpertStore:
         self._open(len(projections), len(projections[0]), width, hidden, _format(first), transport, storage)
         try:
             place = (self._map if storage == "mapped" else functools.partial(self._copy, show=progress))(projections)
+            place = self._widened(projections, place)
         except BaseException:
             self.close()
             raise
@@ -113,6 +114,21 @@ class ExpertStore:
         self._ext.set_nodes(np.array(copy.nodes, np.int32))
         self.refused = copy.refused
         return copy.place
+
+    def _widened(self, projections, place) -> Callable[[Entry], tuple[int, int]]:
+        """place, but scales narrower than the kernels read them lie in a buffer of their own, as fp32."""
+        narrow = [weight.scales for layer in projections for expert in layer for weight in expert.values()
+                  if isinstance(weight, Quantised) and weight.is_narrow]
+        if not narrow:
+            return place
+        scales, offsets = as_float32(narrow)
+        buffer = self._ext.add_buffer(scales.view(np.uint8))
+
+        def found(entry):
+            offset = offsets.get((str(entry.path), entry.begin))
+            return place(entry) if offset is None else (buffer, offset)
+
+        return found
 
     @staticmethod
     def _require_uniform(projections, format_, hidden, width):

@@ -137,6 +137,7 @@ def _read_low_bit(checkpoint: Checkpoint, block: _Block) -> tuple[np.ndarray, np
         _read(checkpoint, block, weight)
         return lowbit.quantise(block.form, weight)
     codes, scales = _rows(checkpoint, source.codes, block.start, block.stop), _scales(checkpoint, block)
+    scales = scales.astype(DTYPES[lowbit.FORMATS[block.form].scale_dtype], copy=False)
     # Only the FP8 formats are both of checkpoints and of the device. 0x7F and 0xFF are their NaN; no code exceeds 448.
     _refuse(block, (codes.view(np.uint8) & 0x7F) == 0x7F, source.format)
     with np.errstate(over="ignore"):

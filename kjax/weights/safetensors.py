@@ -4,6 +4,7 @@ The routed experts are multiplied straight out of the mapped files, so kjax need
 library does not give; hence its own header parser. A checkpoint is untrusted: nothing is used before it is checked.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -12,7 +13,6 @@ import stat
 import struct
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
@@ -35,7 +35,7 @@ DTYPES = {
 ITEMSIZE = {code: np.dtype(dtype).itemsize for code, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class TensorEntry:
     """Where a tensor lies: bytes `begin` to `end` of the file `path`, row-major and little-endian."""
 
@@ -206,11 +206,23 @@ def read_header(handle: int, size: int, path: Path, shown: str) -> list[TensorEn
     return entries
 
 
+# save_pretrained of transformers 5 (seen in 5.23) undoes its own renaming of Kimi-K2.5's vision blocks in the text
+# model too, whose layers it so writes under another name than they were published.
+_BLOCKS = "language_model.model.blocks."
+
+
+def published(name: str) -> str:
+    """A tensor's name as it was published, whichever program wrote the file."""
+    return name.replace("blocks", "layers", 1) if name.startswith(_BLOCKS) else name
+
+
 class Checkpoint:
     """A checkpoint directory: `config.json` and one safetensors file or shards with an index.
 
     Opening reads the headers only (each shard is opened once and stays open); tensors are read when asked for.
     Use it as a context manager or call `close()`.
+
+    Tensors have the names of the published checkpoint, see `published`.
 
     Attributes: directory; shards: file name -> the file's path, links resolved.
     """
@@ -240,6 +252,7 @@ class Checkpoint:
                 f"{self.directory}: {len(missing)} of {len(names)} shards missing: {_listed(missing)}; "
                 "download them again"
             )
+        weight_map = weight_map and {published(name): shard for name, shard in weight_map.items()}
         for name, path in paths.items():
             shown = str(self.directory / name)
             if path in self._handles:
@@ -247,6 +260,7 @@ class Checkpoint:
             handle, size = _open(path, shown)
             self._handles[path] = handle
             for entry in read_header(handle, size, path, shown):
+                entry = dataclasses.replace(entry, name=published(entry.name))
                 if (other := self._entries.setdefault(entry.name, entry)) is not entry:
                     raise CheckpointError(
                         f"{self.directory}: tensor {quote(entry.name)} is in two shards, "
