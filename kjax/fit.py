@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +89,9 @@ class Fit:
                     self._steps()
                 except Cancelled:
                     status = "cancelled"
-                except jax.errors.JaxRuntimeError as error:
+                except (jax.errors.JaxRuntimeError, ValueError) as error:
+                    if not _failed_inside(error):
+                        raise
                     raise RunError(f"{self.doing} failed: {_brief(error)}. {self._last_saved()}") from error
                 if status == "finished" and self.done < self.total:
                     status = "interrupted"
@@ -240,6 +243,11 @@ class Fit:
 
 def _due(every: int | None, done: int) -> bool:
     return every is not None and done > 0 and done % every == 0
+
+
+def _failed_inside(error: Exception) -> bool:
+    """Whether compiled code failed; some ways into it raise its status, "INTERNAL: ...", as a plain ValueError."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or re.match("[A-Z_]+: ", str(error)) is not None
 
 
 def _brief(error: Exception) -> str:

@@ -40,6 +40,9 @@ def train(config: Config, resume: bool | str = False, overwrite: bool = False, *
         directory.require_space(prepared.table.training_bytes)  # as much as gradients: state and PEFT files
         directory.clear()
         params, store = _load(config, prepared)
+        if store is not None and store.refused:
+            console.print(f"experts may lie on another memory node than the threads that read them: {store.refused}",
+                          soft_wrap=True, markup=False)
         try:
             return Fit(prepared, directory, params, store, console).run(None if saved is None else saved["step"])
         except OSError as error:

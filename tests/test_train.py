@@ -6,6 +6,7 @@ Compiling a step takes seconds even for a tiny model, so few tests train, and ea
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -272,6 +273,41 @@ def test_what_fails_is_told_with_the_step(workshop, monkeypatch):
     monkeypatch.setattr("kjax.fit._Compiled.__call__", fail)
     with pytest.raises(RunError, match="step 1/4 failed: RESOURCE_EXHAUSTED.*Train.micro_rows.*Nothing"):
         train(tiny.settings(workshop, "exhausted", data__val_size=0.0), console=quiet())
+
+
+LOST = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import tiny
+from kjax.errors import RunError
+from kjax.fit import Fit
+from kjax.train import train
+
+save = Fit._save
+
+def save_and_lose(self):
+    save(self)
+    for shard in Path({workshop!r}, "model").glob("*.safetensors"):
+        os.truncate(shard, 4096)
+
+Fit._save = save_and_lose
+try:
+    train(tiny.settings(Path({workshop!r}), "lost", data__val_size=0.0, train__save_steps=2, model__storage="mapped"))
+except RunError as error:
+    print("RunError", error)
+"""
+
+
+@pytest.mark.parametrize("transport", ["ffi", "pure_callback"])
+def test_a_lost_file_ends_a_run_by_name_with_its_state_saved(tmp_path, transport):
+    done = subprocess.run(
+        [sys.executable, "-c", LOST.format(tests=os.path.dirname(__file__), workshop=str(tmp_path))],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "KJAX_TRANSPORT": transport},
+    )  # fmt: skip
+    said = next((line for line in done.stdout.splitlines() if line.startswith("RunError")), done.stdout + done.stderr)
+    assert re.search(r"RunError step 3/4 failed: .*\.safetensors: cannot be read at byte .*put the file back.*"
+                     r"The state of step 2 is in .*checkpoints/2", said), said
 
 
 def test_a_disk_too_small_is_found_before_loading(workshop, monkeypatch):
