@@ -197,10 +197,28 @@ def test_absorbed_attention_equals_expanded_with_an_adapter_on_kv_b():
     c, k_rope = jax.random.normal(next(draw), (2, 9, r)), jax.random.normal(next(draw), (2, 9, 8))
     visible = attention.mask(jnp.ones((2, 5)), jnp.ones((2, 9)), 4)
     arguments = ({"kv_b_proj": kv_b}, CONFIG, q_nope, q_rope, c, k_rope, visible)
-    expanded = jax.jit(mla.attend, static_argnums=1)(*arguments, jnp.arange(2))
+    expanded = jax.jit(mla.attend_expanded, static_argnums=1)(*arguments, jnp.arange(2))
     absorbed = jax.jit(mla.attend_absorbed, static_argnums=1)(*arguments)
     # Scores reach some tens here, so exp() turns their rounding into tens of eps.
     assert relative_error(absorbed, expanded) <= 1e-4
+
+
+@pytest.mark.parametrize("equation,shape", [("bhts,bshv->bthv", (2, 3, 6, 6)), ("bgqts,bsgc->btgqc", (2, 3, 2, 6, 6))])
+def test_attention_and_its_gradients_are_those_of_a_softmax(equation, shape):
+    scores = 20 * jax.random.normal(jax.random.key(0), shape)
+    v = jax.random.normal(jax.random.key(1), (2, 6, 3, 5))
+    do = jax.random.normal(jax.random.key(2), (2, 6, *shape[1:-2], 5))
+    visible = attention.mask(jnp.array([[1, 1, 1, 2, 2, 0]] * 2), jnp.array([[1, 1, 1, 2, 2, 0]] * 2))
+
+    def plain(scores, v):
+        shown = jnp.expand_dims(visible, range(1, scores.ndim - 2))
+        return jnp.einsum(equation, jax.nn.softmax(jnp.where(shown, scores * 0.3, -jnp.inf), axis=-1), v)
+
+    expected, expected_vjp = jax.vjp(plain, scores, v)
+    found, found_vjp = jax.vjp(lambda scores, v: attention.attend(equation, 0.3, scores, visible, v), scores, v)
+    assert relative_error(found, expected) <= 1e-6
+    for one, other in zip(found_vjp(do), expected_vjp(do), strict=True):
+        assert relative_error(one, other) <= 3e-6
 
 
 def test_merged_weight_is_what_linear_applies():

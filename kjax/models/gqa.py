@@ -6,7 +6,7 @@ Letters: b batch, t query position, s key position, g key-value head, q query he
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kjax.models.attention import Tokens, extended, mask, softmax
+from kjax.models.attention import Tokens, attend, extended, mask
 from kjax.models.config import ModelConfig
 from kjax.models.layers import Linear, Norm, Parts, linear, rms_norm
 from kjax.models.rope import rotate
@@ -46,17 +46,17 @@ def heads(w, config: ModelConfig, x, tokens: Tokens):
     return q.reshape(*x.shape[:2], config.num_key_value_heads, -1, config.head_dim), k, v
 
 
-def attend(config: ModelConfig, q, k, v, mask):
+def attention(config: ModelConfig, q, k, v, mask):
     """q [B,T,G,Q,C], k, v [B,S,G,C], mask [B,T,S] -> [B,T,G*Q*C]."""
     scores = jnp.einsum("btgqc,bsgc->bgqts", q, k, preferred_element_type=jnp.float32)
-    probs = softmax(scores, config.head_dim**-0.5, mask).astype(v.dtype)
-    return jnp.einsum("bgqts,bsgc->btgqc", probs, v).reshape(*q.shape[:2], -1)
+    o = attend("bgqts,bsgc->btgqc", config.head_dim**-0.5, scores, mask, v)
+    return o.reshape(*q.shape[:2], -1)
 
 
 def gqa(w, config: ModelConfig, x, tokens: Tokens):
     """x [B,T,D] -> [B,T,D]: attention within each row, for training and whole-sequence evaluation."""
     q, k, v = heads(w, config, x, tokens)
-    return linear(w["o_proj"], attend(config, q, k, v, mask(tokens.segments, tokens.segments)), tokens.rows)
+    return linear(w["o_proj"], attention(config, q, k, v, mask(tokens.segments, tokens.segments)), tokens.rows)
 
 
 def gqa_cached(w, config: ModelConfig, x, tokens: Tokens, cache, key_segments, start):
@@ -67,7 +67,8 @@ def gqa_cached(w, config: ModelConfig, x, tokens: Tokens, cache, key_segments, s
     q, k, v = heads(w, config, x, tokens)
     cache = extended(cache, {"k": k, "v": v}, start)
     k, v = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype)
-    return linear(w["o_proj"], attend(config, q, k, v, mask(tokens.segments, key_segments, start)), tokens.rows), cache
+    o = attention(config, q, k, v, mask(tokens.segments, key_segments, start))
+    return linear(w["o_proj"], o, tokens.rows), cache
 
 
 def gqa_cache(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ Letters: b batch, t query position, s key position, h head, c nope width, p rope
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kjax.models.attention import Tokens, extended, mask, softmax
+from kjax.models.attention import Tokens, attend, extended, mask
 from kjax.models.config import ModelConfig
 from kjax.models.layers import Linear, Norm, Parts, linear, merged, rms_norm
 from kjax.models.rope import rotate, softmax_scale
@@ -59,15 +59,14 @@ def latents(w, config: ModelConfig, x, tokens: Tokens):
     return rms_norm(c, w["kv_a_layernorm"], LATENT_EPS), rotate(k_rope, tokens.cos, tokens.sin, config.rope.interleaved)
 
 
-def attend(w, config: ModelConfig, q_nope, q_rope, c, k_rope, mask, rows):
+def attend_expanded(w, config: ModelConfig, q_nope, q_rope, c, k_rope, mask, rows):
     """Attention over expanded keys and values: fewer operations than the absorbed form for rows of tokens."""
     f32 = jnp.float32
     kv = linear(w["kv_b_proj"], c, rows).reshape(*c.shape[:2], config.num_attention_heads, -1)
     k_nope, v = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
     scores = (jnp.einsum("bthc,bshc->bhts", q_nope, k_nope, preferred_element_type=f32)
               + jnp.einsum("bthp,bsp->bhts", q_rope, k_rope, preferred_element_type=f32))
-    probs = softmax(scores, softmax_scale(config), mask).astype(v.dtype)
-    return jnp.einsum("bhts,bshv->bthv", probs, v)
+    return attend("bhts,bshv->bthv", softmax_scale(config), scores, mask, v)
 
 
 def attend_absorbed(w, config: ModelConfig, q_nope, q_rope, c, k_rope, mask):
@@ -78,15 +77,14 @@ def attend_absorbed(w, config: ModelConfig, q_nope, q_rope, c, k_rope, mask):
     q = jnp.einsum("bthc,hcr->bthr", q_nope, w_k)
     scores = (jnp.einsum("bthr,bsr->bhts", q, c, preferred_element_type=f32)
               + jnp.einsum("bthp,bsp->bhts", q_rope, k_rope, preferred_element_type=f32))
-    probs = softmax(scores, softmax_scale(config), mask).astype(c.dtype)
-    return jnp.einsum("bthr,hvr->bthv", jnp.einsum("bhts,bsr->bthr", probs, c), w_v)
+    return jnp.einsum("bthr,hvr->bthv", attend("bhts,bsr->bthr", softmax_scale(config), scores, mask, c), w_v)
 
 
 def mla(w, config: ModelConfig, x, tokens: Tokens):
     """x [B,T,D] -> [B,T,D]: attention within each row, for training and whole-sequence evaluation."""
     q_nope, q_rope = queries(w, config, x, tokens)
     c, k_rope = latents(w, config, x, tokens)
-    o = attend(w, config, q_nope, q_rope, c, k_rope, mask(tokens.segments, tokens.segments), tokens.rows)
+    o = attend_expanded(w, config, q_nope, q_rope, c, k_rope, mask(tokens.segments, tokens.segments), tokens.rows)
     return linear(w["o_proj"], o.reshape(*x.shape[:2], -1), tokens.rows)
 
 
@@ -103,7 +101,7 @@ def mla_cached(w, config: ModelConfig, x, tokens: Tokens, cache, key_segments, s
     if x.shape[1] == 1:
         o = attend_absorbed(w, config, q_nope, q_rope, c, k_rope, visible)
     else:
-        o = attend(w, config, q_nope, q_rope, c, k_rope, visible, tokens.rows)
+        o = attend_expanded(w, config, q_nope, q_rope, c, k_rope, visible, tokens.rows)
     return linear(w["o_proj"], o.reshape(*x.shape[:2], -1), tokens.rows), cache
 
 
