@@ -19,7 +19,7 @@ FUSIBLE = COSTLY | {
     "is_finite", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "select_n", "clamp", "add_any",
     "convert_element_type", "broadcast_in_dim", "transpose", "iota", "slice", "dynamic_slice", "pad", "rev",
     "concatenate", "shift_left", "shift_right_logical", "shift_right_arithmetic", "nextafter", "empty", "empty2",
-    "full", "split"}
+    "full", "split", "stack", "unstack"}
 NATURAL = ""  # the layout of an array whose last axis is the fastest
 
 Rule = Callable[["Frame", Op], None]  # what an operation does to the arrays
@@ -59,6 +59,11 @@ class Frame:
             total += sum(map(self._number_of_readers, op.outs)) if op.name in VIEWS else 1
         return total
 
+    def _constant(self, value: Value) -> bool:
+        """Whether it follows from no array: loops take such comparisons out of them."""
+        value = self.base(value)
+        return self.fusible(value) and all(v is None or self._constant(v) for v in value.maker.ins)
+
     # Reading.
 
     def touch(self, value: Value | None) -> set[Array]:
@@ -79,6 +84,8 @@ class Frame:
             elif self.fusible(value):
                 if costly(value.maker) and self._number_of_readers(value) > 1:
                     found.add(self.memory(value))
+                elif self.life.depth and value.text.startswith("bool") and self._constant(value):
+                    self.life.keep(value.bytes, "mask", value.text)
                 else:
                     for operand in value.maker.ins:
                         if operand is not None:

@@ -86,7 +86,9 @@ class _Flattener:
             ins = [read(var) for var in eqn.invars]
             body, constants = called(eqn)
             if body is not None and len(body.invars) == len(ins):
-                filled = [v if v is not None else Value(var.aval) for v, var in zip(ins, body.invars, strict=True)]
+                filled = [v if v is not None else
+                          seen.setdefault(("literal", str(var), str(inner.aval)), Value(inner.aval))
+                          for v, var, inner in zip(ins, eqn.invars, body.invars, strict=True)]
                 outs = self._run(body, [Value(var.aval) for var in body.constvars], filled, ops, seen)
             elif eqn.primitive.name == "scan" and eqn.params["length"] == 1 and self.merge:
                 outs = self._unroll(eqn, ins, ops, seen)

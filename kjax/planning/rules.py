@@ -29,17 +29,16 @@ def _plain(frame: Frame, op: Op):
 
 
 def _product(frame: Frame, op: Op):
-    """A matrix product reads [batch..., free..., contracted...] as it lies, its right operand also
-    [batch..., contracted..., free...]; other operands are laid out anew."""
+    """A matrix product reads [batch..., free..., summed...], its right operand [batch..., summed..., free...] or, where
+    it lies so, [batch..., free, summed...]; what lies otherwise is laid out anew, once for all products that
+    read it so."""
     contract, batch = op.params["dimension_numbers"]
     wanted = []
     for side, (value, summed, shared) in enumerate(zip(op.ins, contract, batch, strict=True)):
-        if value is None:
-            continue
-        source, order = _untransposed(frame, value)
-        summed, shared = [order[a] for a in summed], [order[a] for a in shared]
-        wanted.append((source, NATURAL) if _lies_right(source, summed, shared, side) else
-                      (frame.base(value), f"{side}{summed}{shared}"))
+        if value is not None:
+            source, order = _untransposed(frame, value)
+            layout = _layout(source, [order[a] for a in summed], [order[a] for a in shared], side)
+            wanted.append((source, layout))
     for _ in range(2):  # making one operand takes time in which the other lives
         for value, layout in wanted:
             frame.memory(value, layout)
@@ -55,14 +54,15 @@ def _untransposed(frame: Frame, value: Value) -> tuple[Value, list[int]]:
     return value, order
 
 
-def _lies_right(value: Value, summed: list[int], shared: list[int], side: int) -> bool:
+def _layout(value: Value, summed: list[int], shared: list[int], side: int) -> str:
+    """The order of its axes, those of one element left out, in which a product reads its operand."""
     keep = [axis for axis in range(len(value.shape)) if value.shape[axis] != 1]
     summed, shared = [a for a in summed if a in keep], [a for a in shared if a in keep]
-    rest = [axis for axis in keep if axis not in shared]
-    n = len(summed)
-    if keep[:len(shared)] != shared:
-        return False
-    return n == 0 or rest[len(rest) - n:] == summed or (side == 1 and rest[:n] == summed)
+    free = [axis for axis in keep if axis not in shared and axis not in summed]
+    left, right = [*shared, *free, *summed], [*shared, *summed, *free]
+    if keep == (left if side == 0 else right) or (keep == left and len(free) < 2):
+        return NATURAL
+    return str(left if side == 0 else right)
 
 
 def _update(frame: Frame, op: Op):
