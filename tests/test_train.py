@@ -265,14 +265,15 @@ print("pool of", os.environ["NPROC"])
     assert results["one_core"] == results["two_cores"]
 
 
-def test_what_fails_is_told_with_the_step(workshop, monkeypatch):
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
+def test_what_fails_is_told_with_the_step(workshop, monkeypatch, kind):
     def fail(self, *args):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        raise kind("RESOURCE_EXHAUSTED: out of memory")
 
     monkeypatch.setattr("kjax.fit._Compiled.prepare", lambda self, *args: None)
     monkeypatch.setattr("kjax.fit._Compiled.__call__", fail)
     with pytest.raises(RunError, match="step 1/4 failed: RESOURCE_EXHAUSTED.*Train.micro_rows.*Nothing"):
-        train(tiny.settings(workshop, "exhausted", data__val_size=0.0), console=quiet())
+        train(tiny.settings(workshop, kind.__name__, data__val_size=0.0), console=quiet())
 
 
 LOST = """
