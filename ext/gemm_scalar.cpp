@@ -19,8 +19,10 @@ inline V map(Op op) {
 inline V set1(float x) {
   return map([&](int) { return x; });
 }
-inline V load(const float* p) {
-  return map([&](int i) { return p[i]; });
+inline V load(const float* p) {  // from any address: pairs of bf16 pass as floats
+  V out;
+  __builtin_memcpy(out.lane, p, sizeof out.lane);
+  return out;
 }
 inline V load_n(const float* p, int64_t n) {
   return map([&](int i) { return i < n ? p[i] : 0.0f; });
