@@ -52,7 +52,8 @@ def usage(closed: core.ClosedJaxpr, donated: Sequence[bool] = (), merge: bool = 
         if array is not None:
             array.read(life.step)
     at, rows = _fullest(life.spans())
-    arguments = sum(v.bytes for v in flat.inputs)
+    # Constants of the trace are part of the program, not arguments.
+    arguments = sum(v.bytes for v in flat.inputs[len(closed.jaxpr.constvars):])
     return Usage(arguments, sum(row[2] for row in rows), sum(a.bytes for a in life.arrays if a.saved), rows)
 
 
