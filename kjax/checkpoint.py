@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ class Checkpoints:
             os.rename(partial, target)
             _fsync(self.directory)
         except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that this state is not saved
-            shutil.rmtree(partial, ignore_errors=True)
+            _clear(partial)
             saved = self.steps()
             kept = f"the state of step {saved[-1]} before it is intact" if saved else "nothing was saved before it"
             raise RunError(f"{self.directory}: saving step {step} failed ({_brief(error)}); {kept}. Free some space or "
@@ -256,6 +257,17 @@ def _shape(leaves: dict, names: list[str]) -> str:
     """The first leaf that is at fault, as one of two sides has it."""
     shape, dtype = leaves.get(names[0], (None, None))
     return f"no {names[0]}" if shape is None else f"{names[0]} {list(shape)} {dtype}"
+
+
+def _clear(directory: Path, seconds: float = 5) -> None:
+    """Remove what a failed save wrote. TensorStore's writers end some time after the error and until then make their
+    files, and the directories of these, anew; what outlasts the wait is removed before the next save."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.3)
+        if not directory.exists():
+            return
 
 
 def _children(directory: Path) -> list[Path]:
