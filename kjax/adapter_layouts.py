@@ -10,12 +10,11 @@ fused: PEFT's adapters of the parameters that transformers 5 keeps experts in. g
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import safetensors
-from flax.traverse_util import flatten_dict
 
 from kjax.lora import Adapter, Linears, LoraSpec, layer_offset
 from kjax.weights.safetensors import DTYPES
@@ -24,6 +23,10 @@ from kjax.weights.writer import Part, Tensor
 EXPERTS = "moe_layers/mlp/experts/"
 GATE, UP, DOWN, GATE_UP = (EXPERTS + name for name in ("gate_proj", "up_proj", "down_proj", "gate_up_proj"))
 MATRICES = ("lora_A", "lora_B")
+ROWS = 64  # of a fused B made at a time: 12 MB for DeepSeek-V3's 256 experts at rank 16
+
+# (path, matrix, index) -> a matrix, as for Reader.matrix.
+Read = Callable[[str, str, tuple[int, ...]], np.ndarray]
 
 # A text model inside of a multimodal one has a prefix: one in remote code, another in transformers 5.
 _KEY = re.compile(r"base_model\.model\.(?:language_model\.model|model\.language_model|model)\."
@@ -65,21 +68,34 @@ class Fused:
     def module(self, layer: int, linears: Linears) -> str:
         return f"model.layers.{layer_offset(DOWN, linears) + layer}.mlp.experts{self.wrapper}"
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The projections in it, in the order of its rows."""
+        return (DOWN,) if self.parameter == "down_proj" else (GATE, UP)
+
     def shapes(self, linears: Linears) -> dict[str, tuple[int, int]]:
-        path = DOWN if self.parameter == "down_proj" else GATE
-        size, rows = linears[path], 1 if self.parameter == "down_proj" else 2
-        ranks = size.experts * self.adapter.rank
-        return {"lora_A": (ranks, size.width_in), "lora_B": (rows * size.width_out, ranks)}
+        size, ranks = linears[self.paths[0]], linears[DOWN].experts * self.adapter.rank
+        return {"lora_A": (ranks, size.width_in), "lora_B": (len(self.paths) * size.width_out, ranks)}
+
+    def rows(self, path: str, linears: Linears) -> slice:
+        """Which rows of B a projection has."""
+        first = self.paths.index(path) * linears[path].width_out
+        return slice(first, first + linears[path].width_out)
+
+    def ranks(self, path: str) -> slice:
+        """Which ranks a projection has."""
+        if not self.split:
+            return slice(None)
+        half = self.adapter.rank // 2
+        return slice(0, half) if path == GATE else slice(half, None)
 
     def entries(self) -> list[tuple[str, Adapter]]:
         """What it is per projection: the same scale, for gate and up half of the rank if they share none of it."""
-        if self.parameter == "down_proj":
-            return [(DOWN, self.adapter)]
         each = self.adapter
         if self.split:
             each = replace(each, rank=each.rank // 2)
             each = replace(each, alpha=alpha_of(self.adapter.scale, each))
-        return [(GATE, each), (UP, each)]
+        return [(path, each) for path in self.paths]
 
 
 def alpha_of(scale: float, adapter: Adapter) -> float:
@@ -95,27 +111,34 @@ class Reader:
         """keys: (module, matrix) -> the tensor's name."""
         self._tensors, self._keys, self._linears = tensors, keys, linears
         self.fused = {path: made for made in fused for path, _ in made.entries()}
-        # A layer's two parameters with two matrices each, and as many of the next: V3 at rank 8 has 0.3 GB a layer.
-        self._layer = functools.lru_cache(8)(self._read_layer)
+        # Both parameters of a layer and of the next: one expert's part of a fused B lies in all of its rows.
+        # DeepSeek-V3 at rank 8 has 0.13 GB a layer.
+        self._fused_b = functools.lru_cache(4)(self._read_fused_b)
 
-    def pair(self, path: str, index: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """A [R, in] and B [out, R] of one linear."""
+    def matrix(self, path: str, matrix: str, index: tuple[int, ...]) -> np.ndarray:
+        """A [R, in] or B [out, R] of one linear; where index is a layer alone, [E, ...] of all its experts."""
         if path in self.fused:
-            return tuple(stack[index[1]] for stack in self.layer(path, index[0]))
-        name = module(path, index, self._linears)
-        return tuple(self._get(name, matrix).astype(np.float32) for matrix in MATRICES)
+            return self._of_fused(self.fused[path], path, matrix, *index)
+        if len(index) == len(self._linears[path].stack):
+            return self._get(module(path, index, self._linears), matrix)
+        experts = self._linears[path].experts
+        first = self.matrix(path, matrix, (*index, 0))
+        found = np.empty((experts, *first.shape), np.float32)
+        found[0] = first
+        for expert in range(1, experts):
+            found[expert] = self.matrix(path, matrix, (*index, expert))
+        return found
 
-    def layer(self, path: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """A [E, R, in] and B [E, out, R] of all experts of a layer, of fused files."""
-        made = self.fused[path]
-        a, b = (self._layer(made, layer, matrix) for matrix in MATRICES)
-        if made.parameter == "down_proj":
-            return a, b
-        first, rows, ranks = path == GATE, b.shape[1] // 2, a.shape[1] // 2
-        b = b[:, :rows] if first else b[:, rows:]
-        if made.split:
-            a, b = (a[:, :ranks], b[..., :ranks]) if first else (a[:, ranks:], b[..., ranks:])
-        return a, b
+    def _of_fused(self, made: Fused, path: str, matrix: str, layer: int, expert: int | None = None) -> np.ndarray:
+        """One expert's matrix, or those of all [E, ...]."""
+        rank, ranks = made.adapter.rank, made.ranks(path)
+        if matrix == "lora_B":
+            b = self._fused_b(made, layer)[:, made.rows(path, self._linears), ranks]
+            return b if expert is None else b[expert]
+        rows = slice(None) if expert is None else slice(expert * rank, (expert + 1) * rank)
+        a = self._get(made.module(layer, self._linears), matrix, rows)
+        a = a.reshape(-1, rank, a.shape[-1])[:, ranks]
+        return a if expert is None else a[0]
 
     def is_split(self, made: Fused) -> bool:
         """Whether gate and up have ranks of their own: B block-diagonal everywhere."""
@@ -123,30 +146,33 @@ class Reader:
         if made.parameter == "down_proj" or made.adapter.rank % 2:
             return False
         for layer in range(layers):
-            b = self._read_layer(made, layer, "lora_B")
+            b = self._read_fused_b(made, layer)
             rows = b.shape[1] // 2
             if b[:, :rows, half:].any() or b[:, rows:, :half].any():
                 return False
         return True
 
-    def _get(self, name: str, matrix: str) -> np.ndarray:
-        return self._tensors.get_tensor(self._keys[name, matrix])
+    def _get(self, name: str, matrix: str, rows: slice = slice(None)) -> np.ndarray:
+        return self._tensors.get_slice(self._keys[name, matrix])[rows].astype(np.float32)
 
-    def _read_layer(self, made: Fused, layer: int, matrix: str) -> np.ndarray:
-        """A [E, R, in] or B [E, out, R] of a parameter."""
-        tensor = self._get(made.module(layer, self._linears), matrix).astype(np.float32)
-        if matrix == "lora_A":
-            return tensor.reshape(-1, made.adapter.rank, tensor.shape[1])
+    def _read_fused_b(self, made: Fused, layer: int) -> np.ndarray:
+        """B [E, out, R] of a parameter."""
+        tensor = self._get(made.module(layer, self._linears), "lora_B")
         return np.ascontiguousarray(tensor.reshape(len(tensor), made.adapter.rank, -1).transpose(2, 0, 1))
 
 
-def per_expert(tree: dict, linears: Linears, dtype: str, prefix: str) -> Iterator[Part]:
-    """The tensors of a lora tree, one pair for each module."""
-    for name, leaf in flatten_dict(tree, sep="/").items():
-        path, matrix = name.rsplit("/", 1)
-        stack = np.asarray(leaf)
+def per_expert(read: Read, spec: LoraSpec, linears: Linears, dtype: str, prefix: str) -> Iterator[Part]:
+    """The tensors of an adapter, one pair for each module."""
+    def bands(path, matrix, index):
+        yield (read(path, matrix, index).astype(DTYPES[dtype]),)
+
+    for path, adapter in spec.entries:
+        size = linears[path]
+        shapes = {"lora_A": (adapter.rank, size.width_in), "lora_B": (size.width_out, adapter.rank)}
         for index, owner in modules(path, linears).items():
-            yield _part(key(owner, matrix, prefix), dtype, stack.shape[len(index):], lambda s=stack, i=index: s[i])
+            for matrix in MATRICES:
+                yield Part((Tensor(key(owner, matrix, prefix), dtype, shapes[matrix]),),
+                           functools.partial(bands, path, matrix, index))
 
 
 def fuse(spec: LoraSpec) -> tuple[LoraSpec, tuple[Fused, ...]]:
@@ -167,40 +193,37 @@ def fuse(spec: LoraSpec) -> tuple[LoraSpec, tuple[Fused, ...]]:
     return rest, tuple(made)
 
 
-def fused(tree: dict, spec: LoraSpec, linears: Linears, dtype: str, prefix: str) -> Iterator[Part]:
-    """The tensors of a lora tree, those of the experts fused."""
-    leaves = {name: np.asarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
-    yield from per_expert({name: leaf for name, leaf in leaves.items() if not name.startswith(EXPERTS)}, linears, dtype,
-                          prefix)
-    for made in fuse(spec)[1]:
+def fused(read: Read, spec: LoraSpec, linears: Linears, dtype: str, prefix: str) -> Iterator[Part]:
+    """The tensors of an adapter, those of the experts fused."""
+    rest, parameters = fuse(spec)
+    yield from per_expert(read, rest, linears, dtype, prefix)
+    for made in parameters:
         shapes = made.shapes(linears)
         for layer in range(linears[DOWN].layers):
-            for matrix, of_layer in (("lora_A", _fused_a), ("lora_B", _fused_b)):
-                yield _part(key(made.module(layer, linears), matrix, prefix), dtype, shapes[matrix],
-                            functools.partial(of_layer, leaves, spec, linears, made, layer))
+            for matrix, bands in (("lora_A", _fused_a), ("lora_B", _fused_b)):
+                tensor = Tensor(key(made.module(layer, linears), matrix, prefix), dtype, shapes[matrix])
+                yield Part((tensor,), functools.partial(bands, read, spec, linears, made, layer, DTYPES[dtype]))
 
 
-def _fused_a(leaves, spec: LoraSpec, linears: Linears, made: Fused, layer: int) -> np.ndarray:
-    paths = [DOWN] if made.parameter == "down_proj" else [path for path in (GATE, UP) if spec.get(path)]
-    a = np.concatenate([leaves[f"{path}/lora_A"][layer] for path in paths], axis=1)  # [E, R, in]
-    return a.reshape(-1, a.shape[-1])
+def _fused_a(read: Read, spec: LoraSpec, linears: Linears, made: Fused, layer: int, dtype) -> Iterator[tuple]:
+    """An expert at a time."""
+    paths = [path for path in made.paths if spec.get(path)]
+    for expert in range(linears[DOWN].experts):
+        yield (np.concatenate([read(path, "lora_A", (layer, expert)) for path in paths]).astype(dtype),)
 
 
-def _fused_b(leaves, spec: LoraSpec, linears: Linears, made: Fused, layer: int) -> np.ndarray:
-    if made.parameter == "down_proj":
-        b = leaves[f"{DOWN}/lora_B"][layer]  # [E, out, R]
-    else:
-        rows = linears[GATE].width_out
-        b = np.zeros((linears[GATE].experts, 2 * rows, made.adapter.rank), np.float32)
-        rank = 0
-        for path, first in ((GATE, 0), (UP, rows)):
-            if adapter := spec.get(path):
-                block = leaves[f"{path}/lora_B"][layer]
-                scale = adapter.scale / made.adapter.scale if made.adapter.scale else 1
-                b[:, first:first + rows, rank:rank + adapter.rank] = block * np.float32(scale)
-                rank += adapter.rank
-    return b.transpose(1, 2, 0).reshape(b.shape[1], -1)
-
-
-def _part(name: str, dtype: str, shape: tuple[int, ...], make) -> Part:
-    return Part((Tensor(name, dtype, tuple(shape)),), lambda: iter([(np.asarray(make(), DTYPES[dtype]),)]))
+def _fused_b(read: Read, spec: LoraSpec, linears: Linears, made: Fused, layer: int, dtype) -> Iterator[tuple]:
+    """Some rows at a time, of which each has the numbers of all experts."""
+    experts, rank = linears[DOWN].experts, 0
+    for path in made.paths:  # each has rows of its own
+        adapter, b = spec.get(path), None
+        if adapter:
+            b = read(path, "lora_B", (layer,))
+            scale = np.float32(adapter.scale / made.adapter.scale if made.adapter.scale else 1)
+        for start in range(0, linears[path].width_out, ROWS):
+            rows = slice(start, min(start + ROWS, linears[path].width_out))
+            band = np.zeros((rows.stop - start, made.adapter.rank, experts), dtype)
+            if adapter:
+                band[:, rank : rank + adapter.rank] = (b[:, rows] * scale).transpose(1, 2, 0)
+            yield (band,)
+        rank += adapter.rank if adapter else 0

@@ -20,20 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 from flax.traverse_util import flatten_dict, unflatten_dict
-from rich import progress as bars
 
 from kjax import adapter_layouts as layouts
 from kjax import peft_config
 from kjax.adapter_match import listed, match
 from kjax.errors import CheckpointError, ConfigError, RunError
 from kjax.lora import Linears, LoraSpec, group
+from kjax.progress import bytes_bar
 from kjax.weights.safetensors import parse_json, quote
 from kjax.weights.writer import Part, sync, write_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RECORD, TEMPLATE = "kjax_adapter.json", "chat_template.jinja"
 Layout = Literal["experts", "fused"]
-SHOWN = 1 << 28  # numbers, a gigabyte: fewer are read at once
 MAX_NORM = 1 << 20  # numbers: larger ones are no norm of any model, and nothing to read for a hash
 MAX_JSON = 1 << 24  # bytes: far above the 60 kB of a config that names every projection of 61 layers
 
@@ -93,32 +92,42 @@ def notes(spec: LoraSpec, layout: Layout = "experts") -> tuple[str, ...]:
     return tuple(found)
 
 
-def save(directory: str | os.PathLike, tree: dict, spec: LoraSpec, linears: Linears, *, base: Base,
-         chat_template: str | None = None, layout: Layout = "experts",
-         dtype: Literal["float32", "bfloat16"] = "float32") -> Path:
-    """Writes a lora tree as PEFT files, with the base's identity and the chat template beside them.
+def save(directory: str | os.PathLike, tree: dict, spec: LoraSpec, linears: Linears, **settings) -> Path:
+    """Writes a lora tree as PEFT files; settings are those of `write`.
 
     tree: path -> {"lora_A": [L, R, in], "lora_B": [L, out, R]}, of routed experts {[L, E, R, in], [L, E, out, R]}.
-    layout: of the routed experts' adapters, see kjax.adapter_layouts.  dtype: of the file.
-    A new directory appears complete or not at all; in an existing one each file is replaced in one go, the weights
-    last. What was there survives a full disk. Memory beside the tree: a layer's experts.
     """
     _require_saveable(tree, spec, linears)
+    leaves = {name: np.asarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
+    return write(directory, lambda path, matrix, index: leaves[f"{path}/{matrix}"][index], spec, linears, **settings)
+
+
+def write(directory: str | os.PathLike, read: layouts.Read, spec: LoraSpec, linears: Linears, *, base: Base,
+          chat_template: str | None = None, layout: Layout = "experts",
+          dtype: Literal["float32", "bfloat16"] = "float32", progress: bool = False) -> Path:
+    """Writes PEFT files, with the base's identity and the chat template beside them.
+
+    read: gives each matrix of the spec when it is written, see kjax.adapter_layouts.Reader.matrix.
+    layout: of the routed experts' adapters, see kjax.adapter_layouts.  dtype: of the file.
+    A new directory appears complete or not at all; in an existing one each file is replaced in one go, the weights
+    last. What was there survives a full disk. Memory: a layer's lora_B of one projection for each writer.
+    """
     code = {"float32": "F32", "bfloat16": "BF16"}[dtype]
     if layout == "fused":
         rest, made = layouts.fuse(spec)
         config = peft_config.write(rest, linears, base.name, made)
-        parts = layouts.fused(tree, spec, linears, code, base.prefix)
+        parts = list(layouts.fused(read, spec, linears, code, base.prefix))
     else:
         config = peft_config.write(spec, linears, base.name)
-        parts = layouts.per_expert(tree, linears, code, base.prefix)
+        parts = list(layouts.per_expert(read, spec, linears, code, base.prefix))
     files = {
         CONFIG: _json(config, indent=2),
         RECORD: _json({"format": 1, "base": asdict(base), "notes": notes(spec, layout)}, indent=2),
     }
     if chat_template is not None:
         files = {TEMPLATE: chat_template.encode(), **files}
-    _publish(Path(directory), files, list(parts))
+    with bytes_bar("Writing the adapter", sum(part.nbytes for part in parts), progress) as advance:
+        _publish(Path(directory), files, parts, advance)
     for note in notes(spec, layout):
         _tell_once(note)
     return Path(directory)
@@ -131,11 +140,11 @@ def load(directory: str | os.PathLike, linears: Linears, base: Base | None = Non
     identify the base model they must agree. The experts' arrays stay on the host.
     """
     with opened(directory, linears, base) as adapter:
-        leaves = {}
-        with _bar(adapter.spec, linears) as advance:
-            for path, _ in adapter.spec.entries:
-                leaves |= {f"{path}/{matrix}": _place(path, stack)
-                           for matrix, stack in zip(layouts.MATRICES, adapter.stack(path, advance), strict=True)}
+        total = 4 * sum(math.prod(linears[path].stack) * made.rank * (linears[path].width_in + linears[path].width_out)
+                        for path, made in adapter.spec.entries)
+        with bytes_bar("Reading the adapter", total) as advance:
+            leaves = {f"{path}/{matrix}": _place(path, adapter.stack(path, matrix, advance))
+                      for path, _ in adapter.spec.entries for matrix in layouts.MATRICES}
         return adapter.spec, unflatten_dict(leaves, sep="/")
 
 
@@ -147,29 +156,29 @@ class Adapter(NamedTuple):
     linears: Linears
     file: Path
 
-    def pair(self, path: str, index: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """A [R, in] and B [out, R] of one linear, fp32 and finite; index is its layer, and its expert."""
-        return self._finite(path, index, *self.reader.pair(path, index))
+    def matrix(self, path: str, matrix: str, index: tuple[int, ...]) -> np.ndarray:
+        """A [R, in] or B [out, R] of one linear, fp32 and finite; index is its layer, and its expert.
 
-    def stack(self, path: str, advance: Callable[[int], object]) -> tuple[np.ndarray, np.ndarray]:
-        """A and B of all layers (and experts); advance(n) is told of every n numbers."""
-        shape, rank = self.linears[path].stack, self.spec.get(path).rank
-        width_in, width_out = self.linears[path].width_in, self.linears[path].width_out
-        a, b = np.empty((*shape, rank, width_in), np.float32), np.empty((*shape, width_out, rank), np.float32)
-        whole_layers = path in self.reader.fused
-        for index in np.ndindex(*(shape[:1] if whole_layers else shape)):
-            found = self.reader.layer(path, *index) if whole_layers else self.reader.pair(path, index)
-            a[index], b[index] = self._finite(path, index, *found)
-            advance(found[0].size + found[1].size)
-        return a, b
+        Without the expert those of all of the layer, [E, ...].
+        """
+        found = self.reader.matrix(path, matrix, index)
+        if not np.isfinite(found).all():
+            if len(index) < len(self.linears[path].stack):
+                index = (*index, next(e for e, one in enumerate(found) if not np.isfinite(one).all()))
+            fused = self.reader.fused.get(path)
+            name = fused.module(index[0], self.linears) if fused else layouts.module(path, index, self.linears)
+            raise CheckpointError(f"{self.file}: NaN or Inf in {layouts.key(name, matrix)}")
+        return found
 
-    def _finite(self, path: str, index: tuple[int, ...], *pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        for matrix, array in zip(layouts.MATRICES, pair, strict=True):
-            if not np.isfinite(array).all():
-                fused = self.reader.fused.get(path)
-                name = fused.module(index[0], self.linears) if fused else layouts.module(path, index, self.linears)
-                raise CheckpointError(f"{self.file}: NaN or Inf in {layouts.key(name, matrix)}")
-        return pair
+    def stack(self, path: str, matrix: str, advance: Callable[[int], object]) -> np.ndarray:
+        """A or B of all layers (and experts); advance(n) is told of every n bytes."""
+        size, rank = self.linears[path], self.spec.get(path).rank
+        shape = (rank, size.width_in) if matrix == "lora_A" else (size.width_out, rank)
+        found = np.empty((*size.stack, *shape), np.float32)
+        for layer in range(size.layers):
+            found[layer] = self.matrix(path, matrix, (layer,))
+            advance(found[layer].nbytes)
+        return found
 
 
 @contextlib.contextmanager
@@ -198,17 +207,6 @@ def _place(path: str, stack: np.ndarray) -> jax.Array:
     """On the default device; the experts' on the host, where they are as large as all the rest together."""
     return jax.device_put(stack, jax.local_devices(backend="cpu")[0]) if path.startswith(layouts.EXPERTS) else (
         jnp.asarray(stack))
-
-
-@contextlib.contextmanager
-def _bar(spec: LoraSpec, linears: Linears) -> Iterator[Callable[[int], object]]:
-    """Progress of the numbers read, for adapters so large that it takes seconds."""
-    total = sum(math.prod(linears[path].stack) * adapter.rank * (linears[path].width_in + linears[path].width_out)
-                for path, adapter in spec.entries)
-    console = bars.get_console()
-    with bars.Progress(console=console, transient=True, disable=not (console.is_terminal and total > SHOWN)) as shown:
-        task = shown.add_task("Reading the adapter", total=total)
-        yield lambda count: shown.update(task, advance=count)
 
 
 def _require_saveable(tree: dict, spec: LoraSpec, linears: Linears):
@@ -252,7 +250,7 @@ def _check_base(directory: Path, base: Base | None):
                       stacklevel=3)
 
 
-def _publish(directory: Path, files: dict[str, bytes], weights: list[Part]):
+def _publish(directory: Path, files: dict[str, bytes], weights: list[Part], advance: Callable[[int], object]):
     """Writes the files so that a reader finds each of them whole, old or new, whenever the machine stops."""
     staging = directory.parent / f".{directory.name}.partial"
     try:
@@ -264,7 +262,7 @@ def _publish(directory: Path, files: dict[str, bytes], weights: list[Part]):
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        write_file(staging / WEIGHTS, weights)
+        write_file(staging / WEIGHTS, weights, advance)
         if directory.exists():
             for name in (*files, WEIGHTS):
                 os.replace(staging / name, directory / name)

@@ -12,13 +12,14 @@ from kjax.weights.safetensors import Checkpoint
 
 def export(source: str | os.PathLike, adapter: str | os.PathLike, target: str | os.PathLike, *,
            layout: adapters.Layout = "experts", dtype: Literal["float32", "bfloat16"] = "float32",
-           base_name: str | None = None) -> Path:
+           base_name: str | None = None, progress: bool = True) -> Path:
     """Writes the PEFT adapter of the checkpoint `source` to the new directory `target`.
 
     layout: of the routed experts' adapters: "experts" has tensors for each expert, which is what transformers 4 and
     most other programs read; "fused" is what peft makes with transformers 5. See kjax.adapter_layouts.
     base_name: what base_model_name_or_path becomes, a name on the hub for instance; by default `source`.
-    Warns of programs that would load only a part of it.
+    Warns of programs that would load only a part of it. Matrices are read as they are written: memory does not grow
+    with the number of layers.
     """
     target, adapter = Path(target), Path(adapter)
     if target.exists():
@@ -26,7 +27,8 @@ def export(source: str | os.PathLike, adapter: str | os.PathLike, target: str | 
     with Checkpoint(source) as checkpoint:
         base = adapters.identify(checkpoint, base_name)
         found = linears(ModelConfig.from_json(checkpoint.config_json))
-    spec, tree = adapters.load(adapter, found, base)
     template = adapter / adapters.TEMPLATE
-    return adapters.save(target, tree, spec, found, base=base, layout=layout, dtype=dtype,
-                         chat_template=template.read_text(encoding="utf-8") if template.is_file() else None)
+    with adapters.opened(adapter, found, base) as opened:
+        return adapters.write(target, opened.matrix, opened.spec, found, base=base, layout=layout, dtype=dtype,
+                              chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
+                              progress=progress)

@@ -157,7 +157,7 @@ class _Merging:
     def _bands(self, name: str, wanted: list[str]) -> Iterator[list[np.ndarray]]:
         """The wanted tensors of a merged weight: FP8 scales may lie in another shard than what they scale."""
         site, weight = self.sites[name], self.weights[name]
-        a, b = self.adapter.pair(site.path, site.index)
+        a, b = (self.adapter.matrix(site.path, matrix, site.index) for matrix in adapters.layouts.MATRICES)
         for start, stop in stored.bands(weight.shape):
             base = stored.numbers(self.checkpoint, weight, start, stop, exact=True)
             change = np.float32(site.scale) * (b[start:stop] @ a)

@@ -152,8 +152,9 @@ def least_margin(model, config: ModelConfig, tokens) -> float:
             kept = best >= order[:, config.topk_group - 1, None]
             choice = np.where(np.repeat(kept, choice.shape[1] // config.n_group, axis=1), choice, 0)
         order = np.sort(choice)[:, ::-1]
-        gaps.append((order[:, config.num_experts_per_tok - 1] - order[:, config.num_experts_per_tok]).min())
-    return float(min(gaps))
+        if config.num_experts_per_tok < config.n_routed_experts:
+            gaps.append((order[:, config.num_experts_per_tok - 1] - order[:, config.num_experts_per_tok]).min())
+    return float(min(gaps, default=np.inf))
 
 
 def draw(case: str, seed: int):

@@ -24,8 +24,10 @@ INT4 = _compressed("pack-quantized", {"num_bits": 4, "type": "int", "symmetric":
                                       "group_size": 32, "actorder": None, "dynamic": False})
 CHANNEL = _compressed("float-quantized", {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel",
                                           "dynamic": False})
+INT8 = _compressed("int-quantized", {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group",
+                                     "group_size": 128, "actorder": None, "dynamic": False})
 SETTINGS = {"fp8": FP8, "ue8m0": FP8 | {"scale_fmt": "ue8m0"}, "channel": CHANNEL, "channel_bf16": CHANNEL,
-            "int4": INT4}
+            "int4": INT4, "int8": INT8}
 
 
 def to_e4m3(numbers):
@@ -56,20 +58,33 @@ def fp8(weight, block, power_of_two=False, dtype=np.float32):
     return codes, stored, (codes.astype(np.float32) * blockwise(scales, block, weight.shape)).astype(BF16)
 
 
+def grouped(weight, width, scale, low, high):
+    """(numbers int64, bf16 scales, the weight they mean in fp32, padded to whole groups) of a float32 weight."""
+    out, groups = weight.shape[0], -(-weight.shape[1] // width)
+    padded = np.zeros((out, groups * width), np.float32)
+    padded[:, :weight.shape[1]] = weight
+    scales = (np.abs(padded.reshape(out, groups, width)).max(-1) / scale).astype(BF16)
+    spread = blockwise(scales.astype(np.float32), (1, width), padded.shape)
+    numbers = np.clip(np.rint(padded / spread), low, high).astype(np.int64)
+    return numbers, scales, (numbers * spread).astype(np.float32)
+
+
+def int8(weight):
+    """(codes, bf16 scales [out, in/128], the weight they mean as bf16) of a float32 weight [out,in]."""
+    numbers, scales, meant = grouped(weight, 128, 127, -127, 127)
+    width = weight.shape[1]
+    return numbers[:, :width].astype(np.int8), scales, np.ascontiguousarray(meant[:, :width].astype(BF16))
+
+
 def int4(weight):
     """(packed int32 [out, in/8], bf16 scales [out, in/32], the weight they mean as bf16) of a float32 weight."""
     out, in_ = weight.shape
-    groups, words = -(-in_ // 32), -(-in_ // 8)
-    padded = np.zeros((out, groups * 32), np.float32)
-    padded[:, :in_] = weight
-    scales = (np.abs(padded.reshape(out, groups, 32)).max(-1) / 7.5).astype(BF16)
-    spread = blockwise(scales.astype(np.float32), (1, 32), padded.shape)
-    numbers = np.clip(np.rint(padded / spread), -8, 7).astype(np.int64)
-    meant = np.ascontiguousarray((numbers * spread).astype(np.float32).astype(BF16)[:, :in_])
+    numbers, scales, meant = grouped(weight, 32, 7.5, -8, 7)
+    words = -(-in_ // 8)
     packed = np.zeros((out, words), np.uint32)
     for column in range(words * 8):
         packed[:, column // 8] |= (numbers[:, column] + 8).astype(np.uint32) << np.uint32(4 * (column % 8))
-    return packed.view(np.int32), scales, meant
+    return packed.view(np.int32), scales, np.ascontiguousarray(meant.astype(BF16)[:, :in_])
 
 
 def quantise(tensors, kind):
@@ -81,7 +96,9 @@ def quantise(tensors, kind):
             packed, scales, meant[name] = int4(array)
             shape = np.array(array.shape, np.int64 if ".up_proj" in name else np.int32)
             stored |= {f"{name}_packed": packed, f"{name}_scale": scales, f"{name}_shape": shape}
-        elif kind != "int4" and linear:
+        elif kind == "int8" and routed:
+            stored[name], stored[f"{name}_scale"], meant[name] = int8(array)
+        elif not kind.startswith("int") and linear:
             channel = kind.startswith("channel")
             stored[name], scales, meant[name] = fp8(
                 array, (1, array.shape[1]) if channel else (128, 128), power_of_two=kind == "ue8m0",

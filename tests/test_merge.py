@@ -15,13 +15,12 @@ import kjax
 from kjax import adapters, lora
 from kjax.cli import main
 from kjax.errors import CheckpointError, ConfigError
-from kjax.export import export
 from kjax.merge import merge
 from kjax.models import ModelConfig, linears
 from kjax.weights import rewrite, stored, writer
 from kjax.weights.safetensors import Checkpoint
 
-KINDS = ("whole", "fp8", "ue8m0", "channel", "int4")
+KINDS = ("whole", "fp8", "ue8m0", "channel", "channel_bf16", "int8", "int4")
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 19))
 EVERY = ("attention", "shared", "dense", "experts")
 CONTENT = quantised_cases.SIZES | {"vocab_size": 260}
@@ -69,7 +68,7 @@ def changes(adapter) -> dict[str, np.ndarray]:
     with adapters.opened(adapter, linears(ModelConfig.from_json(CONTENT))) as opened:
         for path, made in opened.spec.entries:
             for index, module in adapters.layouts.modules(path, opened.linears).items():
-                a, b = opened.pair(path, index)
+                a, b = (opened.matrix(path, matrix, index) for matrix in ("lora_A", "lora_B"))
                 found[f"{module}.weight"] = made.scale * (b.astype(np.float64) @ a)
     return found
 
@@ -95,8 +94,8 @@ def test_merged_in_its_own_format(base, tmp_path, rounding):
             same = np.array_equal(old.read(name).view(np.uint8), new.read(name).view(np.uint8))
             assert same or changed, name  # the layer behind the last one among others
     old, new = numbers(base), numbers(tmp_path / "m")
-    steps = {"fp8": 1 / 8, "ue8m0": 1 / 8, "channel": 1 / 8, "int4": 1 / 7, "whole": 2**-20}
-    step = next(steps[kind] for kind in (*KINDS[1:], "whole") if base.name.startswith(kind) or kind == "whole")
+    steps = {"fp8": 1 / 8, "ue8m0": 1 / 8, "channel": 1 / 8, "channel_bf16": 1 / 8, "int8": 1 / 126, "int4": 1 / 7}
+    step = steps.get(base.name.removesuffix("-stored"), 2**-20)
     for name, change in wanted.items():
         target = old[name] + change
         largest = np.abs(target).max()  # of a block at most: a step there is at most this part of it
@@ -177,23 +176,6 @@ def test_a_multimodal_checkpoint(whole, tmp_path):
         name = f"language_model.{name}"
         np.testing.assert_allclose(new[name], old[name] + change, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(new["vision_tower.patch.weight"], old["vision_tower.patch.weight"])
-
-
-def test_export(whole, tmp_path):
-    adapter = write_adapter(tmp_path / "a", whole, chat_template="{{ messages }}")
-    export(whole, adapter, tmp_path / "b", layout="fused", dtype="bfloat16", base_name="org/name")
-    config = json.loads((tmp_path / "b/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "org/name"
-    assert config["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    assert (tmp_path / "b/chat_template.jinja").read_text() == "{{ messages }}"
-    assert (tmp_path / "b/adapter_model.safetensors").stat().st_size < 0.7 * (
-        adapter / "adapter_model.safetensors").stat().st_size
-    export(whole, tmp_path / "b", tmp_path / "c")
-    there, back = changes(adapter), changes(tmp_path / "c")
-    for name in there:
-        np.testing.assert_allclose(back[name], there[name], rtol=0, atol=0.02 * np.abs(there[name]).max())
-    with pytest.raises(CheckpointError, match="already exists"):
-        export(whole, adapter, tmp_path / "b")
 
 
 def test_what_cannot_be_merged(whole, tmp_path):
