@@ -16,12 +16,15 @@ namespace kjax {
 
 class AdapterPass {
  public:
+  static constexpr int64_t kChunk = kRowTile;  // rows as fp32 at a time: with kDepth columns 64 KB, in L2
+  static constexpr int64_t kDepth = 512;       // at least the widest strip
+
   AdapterPass(const Call& call, const Store& store, const Kernels& kernels, const Routing& routing)
       : adapters_(call.adapters ? *call.adapters : Adapters{}),
         seed_{adapters_.seed[0], adapters_.seed[1]},
         drops_(adapters_.dropout > 0),
         threshold_(static_cast<uint32_t>(std::min(std::nearbyint(adapters_.dropout * 4294967296.0), 4294967295.0))),
-        columns(adapters_.rank()),
+        columns_(adapters_.rank()),
         kernels_(*kernels.low_rank),
         elementwise_(*kernels.elementwise),
         routing_(routing),
@@ -37,10 +40,11 @@ class AdapterPass {
     }
   }
 
-  bool any() const { return columns > 0; }
+  int64_t columns() const { return columns_; }  // of T and dT
+  bool any() const { return columns_ > 0; }
   bool has(int projection) const { return of(projection).rank > 0; }
   size_t scratch_bytes() const {
-    return any() ? sizeof(float) * (2 * kChunk * kDepth + kPanels * widest_ * kDepth + (kMaxRows + kChunk) * columns)
+    return any() ? sizeof(float) * (2 * kChunk * kDepth + kPanels * widest_ * kDepth + (kMaxRows + kChunk) * columns_)
                  : 0;
   }
 
@@ -57,7 +61,7 @@ class AdapterPass {
     r.y = r.x + kChunk * kDepth;
     r.panel = r.y + kChunk * kDepth;
     r.part = r.panel + kPanels * widest_ * kDepth;
-    r.weighed = r.part + kMaxRows * columns;
+    r.weighed = r.part + kMaxRows * columns_;
     return r;
   }
   float* panel(const Room& room, int which) const { return room.panel + which * widest_ * kDepth; }
@@ -77,7 +81,7 @@ class AdapterPass {
             x = room.y;
           }
           kernels_.dots(x, kDepth, count, a(expert, p) + k, width_, of(p).rank, depth, scale_[p],
-                        t + first * columns + at_[p], columns, k > 0);
+                        t + first * columns_ + at_[p], columns_, k > 0);
         }
     }
   }
@@ -90,7 +94,7 @@ class AdapterPass {
       widen(rows, length, type, k, count, depth, room.x);
       kernels_.transpose(b(expert, kDown) + k * rank, rank, depth, rank, room.panel, kDepth, false);
       kernels_.dots(room.x, kDepth, count, room.panel, kDepth, rank, depth, scale_[kDown],
-                    dt + first * columns + at_[kDown], columns, k > 0);
+                    dt + first * columns_ + at_[kDown], columns_, k > 0);
     }
   }
 
@@ -116,7 +120,7 @@ class AdapterPass {
     const int64_t rank = of(p).rank;
     if (!rank) return;
     strip_of_b(s.expert, p, first, count, room.panel);
-    kernels_.expand(t + s.first * columns + at_[p], columns, s.rows, rank, room.panel, kDepth, count, c, ldc);
+    kernels_.expand(t + s.first * columns_ + at_[p], columns_, s.rows, rank, room.panel, kDepth, count, c, ldc);
   }
 
   // Columns [first, first + count) of the projection's B^T, [rank, kDepth].
@@ -129,14 +133,14 @@ class AdapterPass {
   void add_a(const Room& room, int expert, int p, int64_t route, int64_t count, int64_t first, int64_t n,
              const float* dt, float* c, int64_t ldc) const {
     if (!has(p)) return;
-    const float* const rows = dt + route * columns + at_[p];
+    const float* const rows = dt + route * columns_ + at_[p];
     const float* const w = a(expert, p) + first;
     if (!drops_) {
-      kernels_.expand(rows, columns, count, of(p).rank, w, in(p), n, c, ldc);
+      kernels_.expand(rows, columns_, count, of(p).rank, w, in(p), n, c, ldc);
       return;
     }
     for (int64_t r = 0; r < count; ++r) std::fill_n(room.y + r * kDepth, n, 0.0f);
-    kernels_.expand(rows, columns, count, of(p).rank, w, in(p), n, room.y, kDepth);
+    kernels_.expand(rows, columns_, count, of(p).rank, w, in(p), n, room.y, kDepth);
     drop(p, room.y, route, count, first, n);
     for (int64_t r = 0; r < count; ++r) elementwise_.add_scaled(1.0f, room.y + r * kDepth, c + r * ldc, n);
   }
@@ -152,7 +156,7 @@ class AdapterPass {
   // Adds a segment's part to its rows of T or dT, or begins them.
   void add_part(const float* part, int64_t rank, const Segment& s, int p, bool add, float* t) const {
     for (int64_t r = 0; r < s.rows; ++r) {
-      float* const to = t + (s.first + r) * columns + at_[p];
+      float* const to = t + (s.first + r) * columns_ + at_[p];
       for (int64_t i = 0; i < rank; ++i) to[i] = (add ? to[i] : 0.0f) + part[r * rank + i];
     }
   }
@@ -162,7 +166,7 @@ class AdapterPass {
     for (int64_t r = 0; r < count; ++r)
       for (int64_t i = 0; i < rank; ++i)
         room.weighed[r * rank + i] =
-            gate_[routing_.place[route + r]] * t[(route + r) * columns + at_[p] + i];
+            gate_[routing_.place[route + r]] * t[(route + r) * columns_ + at_[p] + i];
     return room.weighed;
   }
   void drop(int p, float* x, int64_t route, int64_t count, int64_t first, int64_t n) const {
@@ -178,26 +182,29 @@ class AdapterPass {
                            Dtype::kFp32, n, 0);
   }
 
-  // Adds sums [rank, kDepth] of columns [first, first + n) to the gradients.
-  void add_to_a(const AdapterGradients& gradients, int expert, int p, int64_t first, int64_t n, const float* sum) const {
+  // Adds sums [rank, kDepth] of columns [first, first + n) to the gradients, or, `fresh`, begins them.
+  void add_to_a(const AdapterGradients& gradients, int expert, int p, int64_t first, int64_t n, const float* sum,
+                bool fresh) const {
     float* const to = gradients.a[p] + expert * of(p).rank * in(p) + first;
-    for (int64_t r = 0; r < of(p).rank; ++r) elementwise_.add_scaled(1.0f, sum + r * kDepth, to + r * in(p), n);
+    for (int64_t r = 0; r < of(p).rank; ++r) {
+      if (fresh) std::copy_n(sum + r * kDepth, n, to + r * in(p));
+      else elementwise_.add_scaled(1.0f, sum + r * kDepth, to + r * in(p), n);
+    }
   }
-  void add_to_b(const AdapterGradients& gradients, int expert, int p, int64_t first, int64_t n, const float* sum) const {
+  void add_to_b(const AdapterGradients& gradients, int expert, int p, int64_t first, int64_t n, const float* sum,
+                bool fresh) const {
     const int64_t rank = of(p).rank;
-    kernels_.transpose(sum, kDepth, rank, n, gradients.b[p] + (expert * out(p) + first) * rank, rank, true);
+    kernels_.transpose(sum, kDepth, rank, n, gradients.b[p] + (expert * out(p) + first) * rank, rank, !fresh);
   }
   void clear(float* sum, int p) const { std::fill_n(sum, of(p).rank * kDepth, 0.0f); }
 
-  const float* rows(const float* t, int64_t route, int p) const { return t + route * columns + at_[p]; }
+  const float* rows(const float* t, int64_t route, int p) const { return t + route * columns_ + at_[p]; }
   const Factors& of(int p) const { return adapters_.of[p]; }
   bool drops() const { return drops_; }
 
-  static constexpr int64_t kChunk = kRowTile;  // rows as fp32 at a time: with kDepth columns 64 KB, in L2
-  static constexpr int64_t kDepth = 512;       // at least the widest strip
+ private:
   static constexpr int kPanels = 5;
 
- private:
   int64_t in(int p) const { return p == kDown ? hidden_ : width_; }
   int64_t out(int p) const { return p == kDown ? width_ : hidden_; }
   const float* a(int expert, int p) const { return of(p).a + expert * of(p).rank * in(p); }
@@ -207,11 +214,7 @@ class AdapterPass {
   const uint32_t seed_[2];
   const bool drops_;
   const uint32_t threshold_;
-
- public:
-  const int64_t columns;
-
- private:
+  const int64_t columns_;
   const LowRank& kernels_;
   const Elementwise& elementwise_;
   const Routing& routing_;

@@ -1,6 +1,7 @@
 // The registry of adapters that stay on the host, and the places of a layer in them.
 #include "adapters.h"
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -15,6 +16,15 @@ std::map<int, std::shared_ptr<HostAdapters>> bound;  // null: open, but nothing 
 int next_id = 0;
 
 }  // namespace
+
+void clear(const AdapterGradients& gradients, const Adapters& adapters, const Store& store, int expert) {
+  for (int p = 0; p < kProjections; ++p)
+    if (const int64_t rank = adapters.of[p].rank) {
+      const int64_t in = p == kDown ? store.hidden : store.width, out = p == kDown ? store.width : store.hidden;
+      std::fill_n(gradients.a[p] + expert * rank * in, rank * in, 0.0f);
+      std::fill_n(gradients.b[p] + expert * rank * out, rank * out, 0.0f);
+    }
+}
 
 Adapters HostAdapters::of_layer(const Store& store, int64_t layer) const {
   if (layers != store.layers || experts != store.experts || width != store.width || hidden != store.hidden)

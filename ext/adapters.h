@@ -25,12 +25,16 @@ struct Adapters {
   bool any() const { return rank() > 0; }
 };
 
-// Where the gradients of the factors are added: the same shapes; null where there is no adapter.
+// Where the gradients of the factors go: the same shapes; null where there is no adapter.
 struct AdapterGradients {
   float* a[kProjections] = {};
   float* b[kProjections] = {};
+  bool fresh = false;         // they replace what is there; otherwise they are added to it
   double* squares = nullptr;  // if not null, becomes the sum of the squares of them all
 };
+
+// Zeroes the gradients of one expert.
+void clear(const AdapterGradients& gradients, const Adapters& adapters, const Store& store, int expert);
 
 // The adapters of all layers, in arrays that a program keeps on the host: read in place, gradients added beside them.
 struct HostAdapters {

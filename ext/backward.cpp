@@ -21,7 +21,7 @@ class Backward : Pass {
                   const AdapterGradients& gradients) const {
     // g and u become dg and du, operands with padded rows.
     const int64_t length = row_length(hidden);
-    const size_t low_bytes = static_cast<size_t>(routing.routes() * adapters.columns) * sizeof(float);
+    const size_t low_bytes = static_cast<size_t>(routing.routes() * adapters.columns()) * sizeof(float);
     space.activations.grow(2 * operand_bytes(hidden));
     space.low_gradients.grow(low_bytes);
     std::byte *const g = space.activations.data(), *const u = g + operand_bytes(hidden);
@@ -53,13 +53,16 @@ class Backward : Pass {
     std::fill_n(dgate, call.tokens * call.per_token, 0.0f);
     const Low low{t, dt, gradients};
     const int64_t up_to_gather = gathers, up_to_inner = up_to_gather + segments * hidden_strips;
+    const int64_t up_to_outer = up_to_inner + segments * width_strips;
+    const int64_t idle = gradients.fresh ? static_cast<int64_t>(routing.idle.size()) : 0;
     const auto segment_of = [&](int64_t task) {
       return task < up_to_gather  ? routing.pieces[task].segment
              : task < up_to_inner ? (task - up_to_gather) / hidden_strips
-                                  : (task - up_to_inner) / width_strips;
+             : task < up_to_outer ? (task - up_to_inner) / width_strips
+                                  : 0;
     };
-    sequence(turn, up_to_inner + segments * width_strips, segment_of,
-             [&](Worker& worker, int64_t task, int64_t after) {
+    sequence(turn, up_to_outer + idle, segment_of, [&](Worker& worker, int64_t task, int64_t after) {
+      if (task >= up_to_outer) return clear(gradients, *call.adapters, store, routing.idle[task - up_to_outer]);
       if (task < up_to_gather)
         return gather(worker, dy, space.rows, task, false,
                       [&](int expert, int64_t first, int64_t count, const std::byte* rows, int64_t row_length) {
@@ -85,6 +88,10 @@ class Backward : Pass {
     float* dt;
     const AdapterGradients& gradients;
   };
+
+  bool begins_expert(int64_t segment) const {
+    return segment == 0 || routing.segments[segment - 1].expert != routing.segments[segment].expert;
+  }
 
   Strip first_strip(int64_t t) const {
     if (t < 0) return {};
@@ -162,19 +169,21 @@ class Backward : Pass {
       for (int p : {kGate, kUp})
         if (adapters.has(p)) {
           adapters.widen(d[p] + skip, length, type, 0, n, w.count, at.x);
-          adapters.add_outer(p, adapters.rows(low.t, route, p), adapters.columns, n, at.x, w.count, sums[p]);
+          adapters.add_outer(p, adapters.rows(low.t, route, p), adapters.columns(), n, at.x, w.count, sums[p]);
           adapters.dots_b(p, at.x, n, w.count, strips[p], parts[p] + r * adapters.of(p).rank);
         }
     }
     worker.wait_for(ready[segment], static_cast<int32_t>(block));
-    if (segment > 0 && routing.segments[segment - 1].expert == s.expert)
+    const bool begins = begins_expert(segment), fresh = begins && low.gradients.fresh;
+    if (!begins)
       worker.wait_for(ready[segment - 1], static_cast<int32_t>(block + 1));
     for (int p : {kGate, kUp})
       if (adapters.has(p)) {
         adapters.add_part(parts[p], adapters.of(p).rank, s, p, block > 0, low.dt);
-        adapters.add_to_b(low.gradients, s.expert, p, w.first, w.count, sums[p]);
+        adapters.add_to_b(low.gradients, s.expert, p, w.first, w.count, sums[p], fresh);
       }
-    if (adapters.has(kDown)) adapters.add_to_a(low.gradients, s.expert, kDown, w.first, w.count, sums[kDown]);
+    if (adapters.has(kDown))
+      adapters.add_to_a(low.gradients, s.expert, kDown, w.first, w.count, sums[kDown], fresh);
   }
 
   // dx of one strip: dg W_gate + du W_up; the first strip of a segment also sums its dgate
@@ -220,7 +229,7 @@ class Backward : Pass {
                                static_cast<size_t>(routing.token[route + i] * width) * size_of(call.dtype),
                            0, call.dtype, w.first, 1, w.count, at.x + i * AdapterPass::kDepth);
         adapters.drop(p, at.x, route, n, w.first, w.count);
-        adapters.add_outer(p, adapters.rows(low.dt, route, p), adapters.columns, n, at.x, w.count, sums[p]);
+        adapters.add_outer(p, adapters.rows(low.dt, route, p), adapters.columns(), n, at.x, w.count, sums[p]);
       }
       if (adapters.has(kDown)) {
         adapters.widen(row(space.rows, s.slot + r, length), length, type, w.first, n, w.count, at.x);
@@ -229,9 +238,10 @@ class Backward : Pass {
       }
     }
     worker.wait_for(turns[block], static_cast<int32_t>(segment));
+    const bool fresh = begins_expert(segment) && low.gradients.fresh;
     for (int p : {kGate, kUp})
-      if (adapters.has(p)) adapters.add_to_a(low.gradients, s.expert, p, w.first, w.count, sums[p]);
-    if (adapters.has(kDown)) adapters.add_to_b(low.gradients, s.expert, kDown, w.first, w.count, sums[kDown]);
+      if (adapters.has(p)) adapters.add_to_a(low.gradients, s.expert, p, w.first, w.count, sums[p], fresh);
+    if (adapters.has(kDown)) adapters.add_to_b(low.gradients, s.expert, kDown, w.first, w.count, sums[kDown], fresh);
   }
 
   const int64_t along_strips, hidden_strips, width_strips;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <span>
 #include <stdexcept>
 #include <vector>
 
@@ -66,8 +67,9 @@ size_t kept_bytes(const Call& call, const Store& store, const Routing& routing) 
 }
 
 // The sum of the squares of all gradients of the layer: per expert on any thread, then in the order of experts.
-double squares(Turn& turn, const Call& call, const Store& store, const AdapterGradients& gradients) {
-  std::vector<double> sums(store.experts);
+double squares(Turn& turn, Workspace& space, const Call& call, const Store& store, const AdapterGradients& gradients) {
+  std::vector<double>& sums = space.squares;
+  sums.assign(store.experts, 0.0);
   std::atomic<int> next{0};
   auto job = [&](Worker& worker) {
     for (int e; (e = next.fetch_add(1)) < store.experts;) {
@@ -75,14 +77,11 @@ double squares(Turn& turn, const Call& call, const Store& store, const AdapterGr
       double lanes[8] = {};
       for (int p = 0; p < kProjections; ++p) {
         const int64_t rank = call.adapters->of[p].rank;
+        if (!rank) continue;
         const int64_t in = p == kDown ? store.hidden : store.width, out = p == kDown ? store.width : store.hidden;
-        const struct {
-          const float* numbers;
-          int64_t n;
-        } parts[] = {{gradients.a[p] + e * rank * in, rank * in}, {gradients.b[p] + e * rank * out, rank * out}};
-        for (const auto& part : parts)
-          for (int64_t i = 0; rank && i < part.n; ++i)
-            lanes[i % 8] += static_cast<double>(part.numbers[i]) * part.numbers[i];
+        for (const std::span<const float> part : {std::span(gradients.a[p] + e * rank * in, rank * in),
+                                                  std::span(gradients.b[p] + e * rank * out, rank * out)})
+          for (size_t i = 0; i < part.size(); ++i) lanes[i % 8] += static_cast<double>(part[i]) * part[i];
       }
       for (double lane : lanes) sums[e] += lane;
     }
@@ -140,12 +139,13 @@ void experts_backward(const Call& call, int32_t slip, const void* dy, void* dx, 
     std::fill_n(static_cast<std::byte*>(dx), static_cast<size_t>(call.tokens * call.width) * size_of(call.dtype),
                 std::byte{0});
     std::fill_n(dgate, call.tokens * call.per_token, 0.0f);
-    return;  // and the gradients of the adapters stay as they are
+    for (int e = 0; gradients.fresh && e < store->experts; ++e) clear(gradients, *call.adapters, *store, e);
+    return;
   }
   backward_pass(call, *store, kernels, space, turn, kept ? kept->memory.data() : nullptr, dy, dx, dgate,
                 gradients);
   if (kept) stash_recycle(std::move(*kept));
-  if (gradients.squares) *gradients.squares = squares(turn, call, *store, gradients);
+  if (gradients.squares) *gradients.squares = squares(turn, space, call, *store, gradients);
 }
 
 }  // namespace kjax

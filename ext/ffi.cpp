@@ -2,10 +2,10 @@
 #include "ffi.h"
 
 #include <algorithm>
-#include <memory>
+#include <span>
 #include <stdexcept>
 
-#include "adapters.h"
+#include "adapter_call.h"
 #include "experts.h"
 #include "text.h"
 #include "threads.h"
@@ -69,54 +69,42 @@ ffi::Error guarded(F body) {
   }
 }
 
-// What a call says of adapters beside its factors: attributes of the compiled function.
-struct Setting {
-  ffi::Span<const float> scales;  // per projection; 0: no adapter
-  double dropout;
-  int64_t host;  // the handle of adapters that stay on the host, or -1: the factors are operands
-};
+Tensor tensor(const ffi::AnyBuffer& buffer) {
+  const auto dims = buffer.dimensions();
+  const ffi::DataType type = buffer.element_type();
+  return {buffer.untyped_data(),
+          type == ffi::F32   ? Tensor::Type::kFloat32
+          : type == ffi::U32 ? Tensor::Type::kUint32
+                             : Tensor::Type::kOther,
+          {dims.begin(), dims.size()}};
+}
 
-// Factors [E, R, in] and [E, out, R] of each adapted projection, or nothing for those on the host, then the seed.
-struct Operands {
-  Adapters adapters;
-  std::shared_ptr<HostAdapters> host;
+class Arrays : public AdapterArrays {
+ public:
+  explicit Arrays(const ffi::RemainingArgs& operands, ffi::RemainingRets* results = nullptr)
+      : operands_(operands), results_(results) {}
 
-  Operands(const Call& call, const Setting& setting, const ffi::RemainingArgs& more) {
-    const std::shared_ptr<const Store> store = find_store(call.store);
-    if (setting.scales.size() != kProjections) refuse("scales", "three numbers");
-    size_t next = 0;
-    if (setting.host >= 0) {
-      host = find_host_adapters(setting.host);
-      adapters = host->of_layer(*store, call.layer);
-    }
-    for (int p = 0; p < kProjections; ++p) {
-      Factors& f = adapters.of[p];
-      if (setting.host < 0 && setting.scales[p] != 0) {
-        const ffi::AnyBuffer a = operand(more, next++), b = operand(more, next++);
-        const int64_t in = p == kDown ? store->hidden : store->width, out = p == kDown ? store->width : store->hidden;
-        f.rank = a.dimensions().size() == 3 ? a.dimensions()[1] : 0;
-        if (f.rank < 1) refuse("lora_A", "float32 [E, R, in]");
-        check("lora_A", a, ffi::F32, {store->experts, f.rank, in}, "float32 [E, R, in]");
-        check("lora_B", b, ffi::F32, {store->experts, out, f.rank}, "float32 [E, out, R] with the rank of lora_A");
-        f.a = a.typed_data<float>();
-        f.b = b.typed_data<float>();
-      }
-      f.scale = setting.scales[p];
-    }
-    if (setting.dropout > 0) {
-      const ffi::AnyBuffer seed = operand(more, next);
-      check("seed", seed, ffi::U32, {2}, "uint32 [2]");
-      adapters.dropout = setting.dropout;
-      std::copy_n(seed.typed_data<uint32_t>(), 2, adapters.seed);
-    }
-  }
-
-  static ffi::AnyBuffer operand(const ffi::RemainingArgs& more, size_t i) {
-    const auto found = more.get<ffi::AnyBuffer>(i);
+  Tensor operand(size_t i) const override {
+    const auto found = operands_.get<ffi::AnyBuffer>(i);
     if (!found.has_value()) refuse("adapters", "two operands for each adapted projection, and the seed of dropout");
-    return *found;
+    return tensor(*found);
   }
+  float* result(size_t i, std::span<const int64_t> shape) override {
+    auto found = results_->get<ffi::AnyBuffer>(i);
+    const Tensor given = found.has_value() ? tensor(**found) : Tensor{};
+    if (given.type != Tensor::Type::kFloat32 || !std::ranges::equal(given.shape, shape))
+      refuse("the adapters' results", "float32, a gradient like each factor or one number");
+    return static_cast<float*>(const_cast<void*>(given.data));
+  }
+
+ private:
+  const ffi::RemainingArgs& operands_;
+  ffi::RemainingRets* const results_;
 };
+
+AdapterSetting setting(ffi::Span<const float> scales, double dropout, int64_t host) {
+  return {{scales.begin(), scales.size()}, dropout, host};
+}
 
 ffi::Error forward(int64_t store, int64_t keep, ffi::Span<const float> scales, double dropout, int64_t host,
                    ffi::AnyBuffer layer, ffi::AnyBuffer x, ffi::AnyBuffer idx, ffi::AnyBuffer gate,
@@ -125,14 +113,12 @@ ffi::Error forward(int64_t store, int64_t keep, ffi::Span<const float> scales, d
     Call call = make_call(store, layer, x, idx, gate);
     check("y", *y, x.element_type(), {call.tokens, call.width}, "like x");
     check("slip", *slip, ffi::S32, {}, "an int32 scalar");
-    const Operands operands(call, {scales, dropout, host}, more);
-    call.adapters = &operands.adapters;
+    Arrays arrays(more);
+    const AdapterCall adapters(call, setting(scales, dropout, host), arrays);
     *slip->typed_data<int32_t>() = experts_forward(call, keep != 0, y->untyped_data());
   });
 }
 
-// Results after dx and dgate: dA and dB of each adapted projection; or, of adapters on the host, by how much the call has
-// made the sum of the squares of the layer's gradients grow.
 ffi::Error backward(int64_t store, ffi::Span<const float> scales, double dropout, int64_t host, ffi::AnyBuffer layer,
                     ffi::AnyBuffer slip, ffi::AnyBuffer x, ffi::AnyBuffer idx, ffi::AnyBuffer gate, ffi::AnyBuffer dy,
                     ffi::RemainingArgs more, ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dgate,
@@ -142,38 +128,12 @@ ffi::Error backward(int64_t store, ffi::Span<const float> scales, double dropout
     check("dy", dy, x.element_type(), {call.tokens, call.width}, "like x");
     check("dx", *dx, x.element_type(), {call.tokens, call.width}, "like x");
     check("dgate", *dgate, ffi::F32, {call.tokens, call.per_token}, "float32 with idx's shape");
-    const Operands operands(call, {scales, dropout, host}, more);
-    call.adapters = &operands.adapters;
-    const auto result = [&](size_t i) {
-      auto found = results.get<ffi::AnyBuffer>(i);
-      if (!found.has_value() || (**found).element_type() != ffi::F32) refuse("the adapters' gradients", "float32");
-      return ffi::AnyBuffer(**found);
-    };
-    AdapterGradients gradients;
-    double before = 0;
-    if (operands.host) {
-      gradients = operands.host->gradients_of_layer(call.layer);
-      before = *gradients.squares;
-    } else {
-      size_t next = 0;
-      for (int p = 0; p < kProjections; ++p)
-        if (operands.adapters.of[p].rank)
-          for (float** const at : {&gradients.a[p], &gradients.b[p]}) {
-            ffi::AnyBuffer given = result(next++);
-            const auto wanted = Operands::operand(more, next - 1).dimensions();
-            if (!std::equal(wanted.begin(), wanted.end(), given.dimensions().begin(), given.dimensions().end()))
-              refuse("the adapters' gradients", "like the factors");
-            *at = given.typed_data<float>();
-            std::fill_n(*at, given.element_count(), 0.0f);
-          }
-    }
+    Arrays arrays(more, &results);
+    AdapterCall adapters(call, setting(scales, dropout, host), arrays);
+    const AdapterGradients gradients = adapters.gradients();
     experts_backward(call, scalar("slip", slip), dy.untyped_data(), dx->untyped_data(), dgate->typed_data<float>(),
                      gradients);
-    if (operands.host) {
-      ffi::AnyBuffer grown = result(0);
-      if (grown.element_count() != 1) refuse("the squares' growth", "a float32 scalar");
-      *grown.typed_data<float>() = static_cast<float>(*gradients.squares - before);
-    }
+    adapters.finish();
   });
 }
 

@@ -18,7 +18,7 @@ class Forward : Pass {
 
   void operator()(Turn& turn, std::byte* kept, void* y) const {
     std::byte* const u = kept ? kept + static_cast<size_t>(routing.routes() * hidden) * size_of(type) : nullptr;
-    if (!kept) space.low.grow(static_cast<size_t>(routing.routes() * adapters.columns) * sizeof(float));
+    if (!kept) space.low.grow(static_cast<size_t>(routing.routes() * adapters.columns()) * sizeof(float));
     float* const low = reinterpret_cast<float*>(
         kept ? kept + 2 * static_cast<size_t>(routing.routes() * hidden) * size_of(type) : space.low.data());
     const int64_t up_to_gather = gathers, up_to_gate_up = up_to_gather + segments * hidden_strips;

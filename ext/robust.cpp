@@ -14,12 +14,15 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <optional>
 #include <random>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "adapter_call.h"
 #include "dispatch.h"
 #include "experts.h"
 #include "numa.h"
@@ -210,9 +213,9 @@ int fuzz(double seconds, uint64_t seed) {
   return 0;
 }
 
-// A small store and a call over it.
-struct Example {
-  Example(Format format, uint64_t seed) : width(96), hidden(72) {
+// A small store and a call over it, with adapters that stay on the host where they are asked for.
+struct Example : AdapterArrays {
+  explicit Example(Format format, uint64_t seed, bool adapted = false) : width(96), hidden(72) {
     Random random(seed);
     constexpr int kExperts = 5;
     const auto store = std::make_shared<Store>(1, kExperts, width, hidden, format);
@@ -238,12 +241,38 @@ struct Example {
       idx.push_back(static_cast<int32_t>(random.between(-1, kExperts - 1)));
       gate.push_back(0.25f);
     }
+    if (adapted) add_adapters(kExperts);
   }
 
+  void add_adapters(int experts) {
+    constexpr int64_t kRank = 3;
+    factors.assign(kRank * experts * (width + hidden), 0.01f);  // either factor of a projection fits in
+    gradients.resize(2 * kProjections, factors);
+    auto adapters = std::make_shared<HostAdapters>();
+    adapters->layers = 1;
+    adapters->experts = experts;
+    adapters->width = width;
+    adapters->hidden = hidden;
+    adapters->squares.assign(1, 0.0);
+    for (int p = 0; p < kProjections; ++p) {
+      adapters->first[p] = {factors.data(), factors.data(), kRank, 0};
+      adapters->gradients.a[p] = gradients[2 * p].data();
+      adapters->gradients.b[p] = gradients[2 * p + 1].data();
+    }
+    host = open_host_adapters();
+    bind_host_adapters(static_cast<int>(host), adapters);
+  }
+  Tensor operand(size_t) const override { throw std::invalid_argument("no factors are operands"); }
+  float* result(size_t, std::span<const int64_t>) override { return &grown; }
+
   // The bits of y, of the gradients from the stash, and of those computed again.
-  uint64_t results() const {
+  uint64_t results() {
     thread_local std::vector<float> y(kTokens * 96), dx(kTokens * 96), dgate(kTokens * kPerToken);
-    const Call call{id, 0, kTokens, width, kPerToken, Dtype::kFp32, x.data(), idx.data(), gate.data()};
+    for (std::vector<float>& sums : gradients) std::fill(sums.begin(), sums.end(), 0.0f);
+    Call call{id, 0, kTokens, width, kPerToken, Dtype::kFp32, x.data(), idx.data(), gate.data()};
+    std::optional<AdapterCall> adapters;
+    const float scales[kProjections] = {1, 2, 3};
+    if (host >= 0) adapters.emplace(call, AdapterSetting{scales, 0, host}, *this);
     uint64_t hash = 0;
     const auto add = [&](const std::vector<float>& numbers) {
       hash = hash * 31 + hash_idx(reinterpret_cast<const int32_t*>(numbers.data()), static_cast<int64_t>(numbers.size()));
@@ -251,23 +280,29 @@ struct Example {
     const int32_t slip = experts_forward(call, true, y.data());
     add(y);
     for (int i = 0; i < 2; ++i) {
-      experts_backward(call, slip, x.data(), dx.data(), dgate.data());
+      experts_backward(call, slip, x.data(), dx.data(), dgate.data(),
+                       adapters ? adapters->gradients() : AdapterGradients{});
+      if (adapters) adapters->finish();
       add(dx);
       add(dgate);
     }
+    for (const std::vector<float>& sums : gradients) add(sums);
     return hash;
   }
 
   static constexpr int64_t kTokens = 50, kPerToken = 2;
   const int64_t width, hidden;
   int id;
-  std::vector<float> x, gate;
+  int64_t host = -1;
+  std::vector<float> x, gate, factors;
+  std::vector<std::vector<float>> gradients;
   std::vector<int32_t> idx;
+  float grown = 0;
 };
 
 // A fresh process, without threads or kept memory, that refuses allocation `at` of its first call; -1 refuses none. It
 // then calls again and reports the results. True while there was such an allocation.
-bool refuse(int64_t at, const Example& example, uint64_t& results, bool& good) {
+bool refuse(int64_t at, Example& example, uint64_t& results, bool& good) {
   int channel[2];
   if (pipe(channel)) throw std::runtime_error("pipe");
   const pid_t child = fork();
@@ -302,7 +337,7 @@ bool refuse(int64_t at, const Example& example, uint64_t& results, bool& good) {
 }
 
 int refusals() {
-  const Example example(Format::kFp8Block, 1);
+  Example example(Format::kFp8Block, 1, true);
   uint64_t results = 0;
   bool good = true;
   refuse(-1, example, results, good);
@@ -316,15 +351,16 @@ int refusals() {
 
 int steady() {
   bool good = true;
-  for (const Format format : {Format::kBf16, Format::kFp32, Format::kInt4Group32}) {
-    const Example example(format, 2);
+  for (const auto& [format, adapted] : {std::pair{Format::kBf16, false}, {Format::kFp32, false}, {Format::kBf16, true},
+                                        {Format::kInt4Group32, false}, {Format::kInt4Group32, true}}) {
+    Example example(format, 2, adapted);
     const uint64_t expected = example.results();
     for (int i = 0; i < 3; ++i) example.results();
     const int64_t before = allocations.load();
     for (int i = 0; i < 20; ++i) good &= example.results() == expected;
     const int64_t made = allocations.load() - before;
-    std::printf("steady: %lld allocations in 60 calls on %s\n", static_cast<long long>(made),
-                kFormatInfo[static_cast<int>(format)].name);
+    std::printf("steady: %lld allocations in 60 calls on %s%s\n", static_cast<long long>(made),
+                kFormatInfo[static_cast<int>(format)].name, adapted ? " with adapters on the host" : "");
     good &= made == 0;
     close_store(example.id);
   }
@@ -334,7 +370,7 @@ int steady() {
 // Calls over two stores from four threads, while a fifth opens and closes others.
 int together(double seconds) {
   set_nodes({{0, {0}}, {1, {1}}});  // made up: two queues of tasks, whatever the machine has
-  const Example one(Format::kBf16, 3), two(Format::kFp8Channel, 4);
+  Example one(Format::kBf16, 3), two(Format::kFp8Channel, 4);
   const uint64_t first = one.results(), second = two.results();
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
   std::atomic<int64_t> calls{0}, wrong{0};
@@ -343,7 +379,7 @@ int together(double seconds) {
     threads.emplace_back([&, i] {
       while (std::chrono::steady_clock::now() < end) {
         if (i == 4) {
-          const Example other(Format::kInt8Group128, 5);
+          Example other(Format::kInt8Group128, 5);
           other.results();
           close_store(other.id);
           release_workspace();

@@ -27,8 +27,8 @@ void Routing::build(const int32_t* idx, int64_t tokens_in, int64_t per_token, in
   }
   // Descending, so that no small expert holds a column block that a large one waits for.
   order_.clear();
-  for (int e = 0; e < experts; ++e)
-    if (count_[e]) order_.push_back(e);
+  idle.clear();
+  for (int e = 0; e < experts; ++e) (count_[e] ? order_ : idle).push_back(e);
   std::sort(order_.begin(), order_.end(),
             [&](int a, int b) { return count_[a] != count_[b] ? count_[a] > count_[b] : a < b; });
 

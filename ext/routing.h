@@ -23,6 +23,7 @@ struct Routing {
   std::vector<int32_t> token;  // [routes]
   std::vector<int64_t> place;  // [routes], where in idx and gate the route stands
   std::vector<Piece> pieces;
+  std::vector<int> idle;  // experts without routes
   int64_t slots = 0;   // operand rows of all segments, and kRowTile more that a kernel may read
   int64_t tokens = 0;  // those with at least one expert
 

@@ -261,13 +261,16 @@ bool run_case(const std::string& isa, const Case& c, Format format, uint64_t see
   std::vector<float> da[kProjections], db[kProjections], da_again[kProjections], db_again[kProjections];
   AdapterGradients gradients, gradients_again;
   for (int j = 0; j < kProjections; ++j) {
-    for (auto* sums : {&da[j], &da_again[j]}) sums->resize(p.a[j].size());
-    for (auto* sums : {&db[j], &db_again[j]}) sums->resize(p.b[j].size());
+    da[j].resize(p.a[j].size());
+    db[j].resize(p.b[j].size());
+    da_again[j].assign(p.a[j].size(), 77.0f);  // to be replaced, not added to
+    db_again[j].assign(p.b[j].size(), 77.0f);
     gradients.a[j] = da[j].data();
     gradients.b[j] = db[j].data();
     gradients_again.a[j] = da_again[j].data();
     gradients_again.b[j] = db_again[j].data();
   }
+  gradients_again.fresh = true;
   const int32_t slip = experts_forward(call, true, y.data());
   experts_backward(call, slip, p.dy.data(), dx.data(), dgate.data(), gradients);
   experts_backward(call, slip, p.dy.data(), again.data(), dgate_again.data(), gradients_again);  // now a miss

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "kernels.h"
 #include "memory.h"
@@ -49,6 +50,7 @@ struct Workspace {
   Memory low, low_gradients;  // T and dT of the adapters [routes, ranks]
   Counters gathered, ready, turn;
   Tasks tasks;
+  std::vector<double> squares;  // per expert, of its adapters' gradients
 
   // At the beginning of a call, after the routing is built: a size of call that stopped coming stops costing memory.
   void settle() {
@@ -58,7 +60,7 @@ struct Workspace {
     largest_ = std::max(largest_, routing.routes());
   }
   void release() {
-    for (Memory* memory : {&rows, &more_rows, &sums, &partial, &activations}) memory->release();
+    for (Memory* memory : {&rows, &more_rows, &sums, &partial, &activations, &low, &low_gradients}) memory->release();
     largest_ = 0;
     smaller_ = 0;
   }

@@ -243,7 +243,8 @@ def fingerprint():
         weights, x, idx, gate, dy = cases.problem(rng, n=700, d=130, f=530, e=4, k=2, layers=1, dtype=dtype)
         idx[:600, 0] = 2
         made = {name: (a[0], b[0]) for name, (a, b) in factors(rng, weights, RANKS["ranks of their own"]).items()}
-        given = ([made[name] for name in PROJECTIONS], [2.0, 1.0, 0.5], 0.25, np.array([3, 4], np.uint32), -1)
+        flat = [factor for name in PROJECTIONS for factor in made[name]]
+        given = ([*flat, np.array([3, 4], np.uint32)], [2.0, 1.0, 0.5], 0.25, -1)
         bits = [a if a.dtype == np.float32 else a.view(np.uint16) for a in (x, dy)]
         with cases.store(weights) as store:
             for name in ISAS:

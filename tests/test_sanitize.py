@@ -24,7 +24,7 @@ def robust(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("mode, says", [
-    ("fuzz 3 7", "fuzz: "), ("steady", "steady: 0 allocations in 60 calls on int4_group32"),
+    ("fuzz 3 7", "fuzz: "), ("steady", "steady: 0 allocations in 60 calls on int4_group32 with adapters on the host"),
     ("refusals", "an exception every time, and the next call right"), ("together 2", ", 0 wrong"),
 ])  # fmt: skip
 def test_robust(robust, mode, says):

@@ -73,13 +73,10 @@ def _operands(lora: ExpertLora | None) -> list:
 
 
 def _adapters(more, *, scales, dropout, host):
-    """The arrays of a call as the kernels take them."""
+    """The arrays and attributes of a call as the kernels take them."""
     if not scales.any():
         return None
-    more = [np.asarray(array) for array in more]
-    seed = more.pop() if dropout else None
-    factors = [None if host >= 0 or not scale else (more.pop(0), more.pop(0)) for scale in scales]
-    return factors, scales.tolist(), float(dropout), seed, int(host)
+    return [np.asarray(array) for array in more], scales.tolist(), float(dropout), int(host)
 
 
 def _call(store, target: str, host_function, attributes: dict, results, layer, *operands):
