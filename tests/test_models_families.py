@@ -1,5 +1,6 @@
 """Every family against transformers: a saved model is read, and logits, loss and gradients agree."""
 
+import contextlib
 import zlib
 
 import family_cases
@@ -52,18 +53,17 @@ def draw(family: str, seed: int, number: int):
     gradient of the embedding table is the gradient to the input embeddings."""
     content = family_cases.content(family, 1000 * seed + number)
     config = ModelConfig.from_json(content)
-    for attempt in range(1000 * seed, 1000 * seed + 1000):
-        params = random_params(config, attempt)
-        tokens = np.random.RandomState(attempt).permutation(config.vocab_size)[: ROWS * LENGTH].reshape(ROWS, LENGTH)
-        tokens = tokens.astype(np.int32)
-        model = torch_model(content, params)
+    params = random_params(config, 1000 * seed + number)
+    model, random = torch_model(content, params), np.random.RandomState([seed, number])
+    for _ in range(1000):
+        tokens = random.permutation(config.vocab_size)[: ROWS * LENGTH].reshape(ROWS, LENGTH).astype(np.int32)
         if least_margin(model, config, tokens) >= MARGIN:
             return content, params, tokens, model
     raise AssertionError(f"{family}: a thousand draws with ties")
 
 
 def kjax_results(config, spec, tree, params, tokens):
-    """Logits, loss, gradients to the embedding table and to the adapter."""
+    """Logits, loss, gradients to the embedding table and to the adapter (a tree)."""
     model = Transformer(config, lora=spec)
     positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
 
@@ -74,13 +74,13 @@ def kjax_results(config, spec, tree, params, tokens):
         scores = jax.nn.log_softmax(logits[:, :-1])
         return -jax.numpy.take_along_axis(scores, tokens[:, 1:, None], axis=-1).mean(), logits
 
-    (total, logits), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
-        tree, params["embed_tokens"]["weight"], params)
-    return logits, total, grads[1], grads[0]
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (total, logits), grads = gradient(tree, params["embed_tokens"]["weight"], params)
+    return {"logits": logits, "loss": total, "dX": grads[1], "adapter": grads[0]}
 
 
 def torch_results(model, named, tokens):
-    """The same of transformers and peft."""
+    """The same of transformers and peft, of the adapter a gradient for each name."""
     peft = pytest.importorskip("peft")
     # Under its own model_type peft would move shared and dense targets to the routed experts.
     model.config.model_type = model.config.get_text_config().model_type = "a_type_peft_does_not_convert"
@@ -99,12 +99,27 @@ def torch_results(model, named, tokens):
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
     grads = {name: parameter.grad.numpy() for name, parameter in parameters.items()}
-    return logits.detach().numpy(), loss.item(), table.grad.numpy(), grads
+    return grads | {"logits": logits.detach().numpy(), "loss": loss.item(), "dX": table.grad.numpy()}
+
+
+@contextlib.contextmanager
+def in_float64(monkeypatch):
+    """transformers names float32 where it raises bf16 to it: norms, softmax, router."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
+
+
+def worst(ours, theirs) -> tuple[float, str]:
+    """The largest relative error, and of what."""
+    assert ours.keys() == theirs.keys()
+    return max((relative_error(ours[name], theirs[name]), name) for name in theirs)
 
 
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("family", family_cases.FAMILIES)
-def test_a_saved_model_is_read_and_computes_as_transformers(family, number, request, tmp_path):
+def test_a_saved_model_is_read_and_computes_as_transformers(family, number, request, tmp_path, monkeypatch):
     content, params, tokens, model = draw(family, request.config.getoption("--seed", 0), number)
     model.save_pretrained(tmp_path)
     config = ModelConfig.from_json(tmp_path)
@@ -117,10 +132,11 @@ def test_a_saved_model_is_read_and_computes_as_transformers(family, number, requ
     spec = lora.resolve(Lora(targets=sorted({lora.group(path) for path in found}), rank=RANK, alpha=ALPHA), found)
     tree = random_lora(spec, found, number)
     named = by_name(tree, found)
-    logits, loss, dx, grads = torch_results(model, named, tokens)
     ours = kjax_results(config, spec, tree, read, tokens)
-    assert relative_error(ours[0], logits) <= TOLERANCE
-    assert relative_error(ours[1], loss) <= TOLERANCE
-    assert relative_error(ours[2], dx) <= TOLERANCE
-    errors = {name: relative_error(grad, grads[name]) for name, grad in by_name(ours[3], found).items()}
-    assert max(errors.values()) <= TOLERANCE, max(errors.items(), key=lambda item: item[1])
+    ours = ours | by_name(ours.pop("adapter"), found)
+    error, name = worst(ours, torch_results(model, named, tokens))
+    if error > TOLERANCE:
+        # In one of 165 draws a gradient cancels so far that fp32 itself is off, in torch by 1.8e-5 and here by 0.8e-5.
+        with in_float64(monkeypatch):
+            error, name = worst(ours, torch_results(torch_model(content, params).double(), named, tokens))
+    assert error <= TOLERANCE, name
