@@ -31,7 +31,6 @@ from kjax.weights.rewrite import CONFIG, check_target, identify, rewrite
 from kjax.weights.safetensors import DTYPES, Checkpoint, quote
 from kjax.weights.writer import Part, Tensor, copied
 
-WHOLE = ("BF16", "F16", "F32")
 ROUNDINGS = ("stochastic", "nearest")
 
 
@@ -131,9 +130,9 @@ class _Merging:
         if tuple(weight.shape) != shape:
             raise CheckpointError(f"{self.checkpoint.directory}: {quote(name)} is {list(weight.shape)}, config.json "
                                   f"and the adapter need {list(shape)}")
-        if not isinstance(weight, Quantised) and weight.dtype not in WHOLE:
+        if not isinstance(weight, Quantised) and weight.dtype not in stored.WHOLE:
             raise CheckpointError(f"{self.checkpoint.directory}: {quote(name)} is {weight.dtype}, which config.json "
-                                  f"does not explain; expected {', '.join(WHOLE)}, or a quantization_config")
+                                  f"does not explain; expected {', '.join(stored.WHOLE)}, or a quantization_config")
 
     def shards(self) -> dict[str, list[Part]]:
         """shard -> its parts: every tensor where the source has it."""

@@ -26,7 +26,6 @@ from kjax.weights.safetensors import Checkpoint, quote
 from kjax.weights.writer import Part, Tensor, copied
 
 ROUTED = re.compile(r"\.mlp\.experts\.\d+\.(gate_proj|up_proj|down_proj)\.weight$")  # of every layer, MTP's too
-WHOLE = ("BF16", "F16", "F32")
 READABLE = (None, FP8_BLOCK, FP8_CHANNEL)
 
 
@@ -110,8 +109,8 @@ def quantize(source: str | os.PathLike, target: str | os.PathLike, format: str, 
             raise CheckpointError(f"{checkpoint.directory}: no routed experts (*.mlp.experts.N.*_proj.weight)")
         shard_of, shards = {path: name for name, path in checkpoint.shards.items()}, {}
         for name, weight in weights.items():
-            entry = weight.codes if isinstance(weight, Quantised) else weight
-            shards.setdefault(shard_of[entry.path], []).append(_part(checkpoint, name, weight, scheme, errors))
+            shard = shard_of[stored.main(weight).path]
+            shards.setdefault(shard, []).append(_part(checkpoint, name, weight, scheme, errors))
         config = content | {"quantization_config": scheme.config(IGNORED)}
         before = sum(entry.end - entry.begin for entry in map(checkpoint.entry, checkpoint.names()))
         directory = rewrite(checkpoint, Path(target), dict(sorted(shards.items())),
@@ -123,9 +122,10 @@ def quantize(source: str | os.PathLike, target: str | os.PathLike, format: str, 
 
 def _part(checkpoint: Checkpoint, name: str, weight: stored.Source, scheme: Scheme, errors: Errors) -> Part:
     if routed := ROUTED.search(name):
-        if not isinstance(weight, Quantised) and weight.dtype not in WHOLE:
+        if not isinstance(weight, Quantised) and weight.dtype not in stored.WHOLE:
             raise CheckpointError(f"{checkpoint.directory}: {quote(name)} is {weight.dtype}, which config.json does "
-                                  f"not explain; expected {', '.join(WHOLE)}, or FP8 with its quantization_config")
+                                  f"not explain; expected {', '.join(stored.WHOLE)}, or FP8 with its "
+                                  "quantization_config")
         return _quantised(checkpoint, name, weight, scheme.made, errors, routed[1])
     if isinstance(weight, Quantised):
         def bands() -> Iterator[tuple[np.ndarray]]:

@@ -42,7 +42,7 @@ def content(family: str, seed: int) -> dict:
                 made |= dict(topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=16.0)
         case ["deepseek_v3"]:
             made |= latent | sigmoid | dict(model_type="deepseek_v3", n_group=4, topk_group=pick([2, 3]),
-                                            rope_scaling=yarn(pick), rope_interleave=pick([True, True, False]))
+                                            rope_scaling=yarn(pick), rope_interleave=seed % 3 != 2)
         case ["moonlight"]:
             made |= latent | sigmoid | dict(model_type="deepseek_v3", q_lora_rank=None, rms_norm_eps=1e-5)
         case ["deepseek_v32"]:

@@ -150,7 +150,7 @@ def least_margin(model, config: ModelConfig, tokens) -> float:
             order = np.sort(best)[:, ::-1]
             gaps.append((order[:, config.topk_group - 1] - order[:, config.topk_group]).min())
             kept = best >= order[:, config.topk_group - 1, None]
-            choice = np.where(np.repeat(kept, choice.shape[1] // config.n_group, axis=1), choice, 0)
+            choice = np.where(np.repeat(kept, choice.shape[1] // config.n_group, axis=1), choice, -np.inf)
         order = np.sort(choice)[:, ::-1]
         if config.num_experts_per_tok < config.n_routed_experts:
             gaps.append((order[:, config.num_experts_per_tok - 1] - order[:, config.num_experts_per_tok]).min())

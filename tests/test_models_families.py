@@ -54,6 +54,8 @@ def draw(family: str, seed: int, number: int):
     content = family_cases.content(family, 1000 * seed + number)
     config = ModelConfig.from_json(content)
     params = random_params(config, 1000 * seed + number)
+    if config.topk_method == "noaux_tc" and number == 1:  # scores of experts kept are negative then
+        params["moe_layers"]["mlp"]["gate"]["e_score_correction_bias"] -= 2
     model, random = torch_model(content, params), np.random.RandomState([seed, number])
     for _ in range(1000):
         tokens = random.permutation(config.vocab_size)[: ROWS * LENGTH].reshape(ROWS, LENGTH).astype(np.int32)

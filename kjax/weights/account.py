@@ -7,11 +7,10 @@ import numpy as np
 from kjax.errors import CheckpointError
 from kjax.offload.formats import FORMATS, Quantised
 from kjax.weights.names import Place, experts, grouped, places, skipped
-from kjax.weights.safetensors import Checkpoint, TensorEntry, quote
+from kjax.weights.safetensors import Checkpoint, quote
+from kjax.weights.stored import WHOLE, Source
 
-READABLE = ("BF16", "F16", "F32")
 STORABLE = ("BF16", "F32")  # what the host kernels multiply without scales
-Source = TensorEntry | Quantised  # a weight as it is stored
 
 
 def account(checkpoint: Checkpoint, config, abstract: Mapping) -> list[tuple[Source, Place]]:
@@ -31,7 +30,7 @@ def account(checkpoint: Checkpoint, config, abstract: Mapping) -> list[tuple[Sou
     if extra:
         report.insert(bool(found.missing), f"not part of this model: {grouped(extra)}")
     if report:
-        unexplained = config.quantization is None and any(entry.dtype not in READABLE for entry in found.whole)
+        unexplained = config.quantization is None and any(entry.dtype not in WHOLE for entry in found.whole)
         raise CheckpointError(
             f"{checkpoint.directory}: the tensors do not fit config.json (model_type {quote(config.model_type)}):\n  "
             + "\n  ".join(report)
@@ -120,8 +119,8 @@ class _Search:
 
     def _unreadable(self) -> Iterable[tuple[str, str]]:
         for entry in self.whole:
-            if entry.name not in self.hosted and entry.dtype not in READABLE:
-                yield f"{entry.dtype}, readable are {', '.join(READABLE)}", entry.name
+            if entry.name not in self.hosted and entry.dtype not in WHOLE:
+                yield f"{entry.dtype}, readable are {', '.join(WHOLE)}", entry.name
             elif entry.name in self.hosted and entry.dtype not in STORABLE:
                 other = " (experts='device' reads F16)" if entry.dtype == "F16" else ""
                 yield f"{entry.dtype}, experts on the host are {' or '.join(STORABLE)}{other}", entry.name

@@ -15,13 +15,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kjax import progress as bars
 from kjax.errors import CheckpointError
-from kjax.offload.formats import BAND, FORMATS, Quantised, decode
+from kjax.offload.formats import BAND, Quantised
 from kjax.offload.storage import choose
 from kjax.offload.store import ExpertStore, size
-from kjax.weights import lowbit
-from kjax.weights.account import Source, account, expert_sources
+from kjax.weights import lowbit, stored
+from kjax.weights.account import account, expert_sources
 from kjax.weights.names import Place
-from kjax.weights.safetensors import DTYPES, ITEMSIZE, Checkpoint, TensorEntry, quote
+from kjax.weights.safetensors import DTYPES, ITEMSIZE, Checkpoint, quote
+from kjax.weights.stored import Source
 
 # Bytes read at a time, of quantised weights and of those that will be counted as fp32. Each of WORKERS readers has a
 # block as stored, as fp32 and as a mask, and six bands of rows while it quantises; as many finished blocks again wait:
@@ -30,9 +31,6 @@ BLOCK = 32 << 20
 WORKERS = 4
 TABLE = "embed_tokens/weight"
 ALIGNMENT = 64  # bytes; a CPU array at such an address becomes a jax.Array without a copy
-
-# The bits of the exponent; all set means NaN or Inf.
-_EXPONENT = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
 
 
 class _Block(NamedTuple):
@@ -62,12 +60,12 @@ def load_params(checkpoint: Checkpoint, config, abstract: Mapping, weights: str 
     """
     wanted = account(checkpoint, config, abstract)
     order = {tensor: number for number, tensor in enumerate(checkpoint.names())}
-    wanted.sort(key=lambda item: order[_main(item[0]).name])
+    wanted.sort(key=lambda item: order[stored.main(item[0]).name])
     blocks = [block for source, place in wanted
               for block in _blocks(source, place, lowbit.of(place.leaf, weights, config.quantization))]
     shapes = flatten_dict(lowbit.held(abstract, weights, config.quantization), sep="/")
     host = {TABLE} if lowbit.hosts_table(config, weights) else set()
-    total = sum(_main(source).end - _main(source).begin for source, _ in wanted)
+    total = sum(stored.main(source).end - stored.main(source).begin for source, _ in wanted)
     fill = _fill_host if jax.default_backend() == "cpu" else _fill_device
     with bars.bytes_bar("Loading weights", total, progress) as advance:
         leaves = fill(checkpoint, blocks, shapes, host, advance)
@@ -88,11 +86,6 @@ def open_experts(checkpoint: Checkpoint, config, *, transport: str = "auto", sto
                        progress=progress)
 
 
-def _main(source: Source) -> TensorEntry:
-    """The tensor that holds most of a weight, in whose place it is read."""
-    return source.codes if isinstance(source, Quantised) else source
-
-
 def _blocks(source: Source, place: Place, form: str | None) -> Iterator[_Block]:
     count = math.prod(source.shape)
     if not count:
@@ -106,61 +99,24 @@ def _blocks(source: Source, place: Place, form: str | None) -> Iterator[_Block]:
         yield _Block(source, place, start, min(start + step, rows), form)
 
 
-def _rows(checkpoint: Checkpoint, entry: TensorEntry, start: int, stop: int, out: np.ndarray | None = None):
-    """Rows of a tensor as stored, in `out` or a new array."""
-    if out is None:
-        out = np.empty((stop - start, *entry.shape[1:]), DTYPES[entry.dtype])
-    checkpoint.read_bytes(entry, out, start * math.prod(entry.shape[1:]) * ITEMSIZE[entry.dtype])
-    return out
-
-
-def _read(checkpoint: Checkpoint, block: _Block, out: np.ndarray):
-    """Fills `out` [rows, ...] with a block, converted; refuses NaN and Inf."""
-    source, start, stop = block.source, block.start, block.stop
-    entry = _main(source)
-    if isinstance(source, Quantised):
-        decode(source.format, _rows(checkpoint, entry, start, stop), _scales(checkpoint, block), out, start)
-    elif out.dtype == np.dtype(DTYPES[entry.dtype]):
-        _rows(checkpoint, entry, start, stop, out)
-    else:
-        with np.errstate(over="ignore", invalid="ignore"):  # what becomes Inf is reported by name below
-            out[...] = _rows(checkpoint, entry, start, stop).reshape(out.shape).astype(out.dtype)
-    unsigned, exponent = _EXPONENT[out.dtype.name]
-    _refuse(block, (out.view(unsigned) & unsigned(exponent)) == exponent, out.dtype.name)
-
-
 def _read_low_bit(checkpoint: Checkpoint, block: _Block) -> tuple[np.ndarray, np.ndarray]:
     """(codes, scales) of a block: the checkpoint's own where it has them in this format."""
     source = block.source
     if not isinstance(source, Quantised) or source.format != block.form:
         weight = np.empty((block.stop - block.start, *source.shape[1:]), np.float32)
-        _read(checkpoint, block, weight)
+        stored.read(checkpoint, source, block.start, weight)
         return lowbit.quantise(block.form, weight)
-    codes, scales = _rows(checkpoint, source.codes, block.start, block.stop), _scales(checkpoint, block)
+    codes = stored.rows(checkpoint, source.codes, block.start, block.stop)
+    scales = stored.scales(checkpoint, source, block.start, block.stop)
     scales = scales.astype(DTYPES[lowbit.FORMATS[block.form].scale_dtype], copy=False)
     # Only the FP8 formats are both of checkpoints and of the device. 0x7F and 0xFF are their NaN; no code exceeds 448.
-    _refuse(block, (codes.view(np.uint8) & 0x7F) == 0x7F, source.format)
+    stored.refuse(source, block.start, (codes.view(np.uint8) & 0x7F) == 0x7F, source.format)
     with np.errstate(over="ignore"):
         wrong = ~np.isfinite((scales * np.float32(lowbit.FP8_MAX)).astype(DTYPES["BF16"]).astype(np.float32))
     if wrong.any():
         raise CheckpointError(f"{source.scales.path}: tensor {quote(source.scales.name)} holds NaN or Inf, or numbers "
                               "too large for a scale; the checkpoint is damaged, download this shard again")
     return codes, scales
-
-
-def _scales(checkpoint: Checkpoint, block: _Block) -> np.ndarray:
-    height = FORMATS[block.source.format].block[0]
-    return _rows(checkpoint, block.source.scales, block.start // height, (block.stop - 1) // height + 1)
-
-
-def _refuse(block: _Block, bad: np.ndarray, dtype: str):
-    if bad.any():
-        entry, first = _main(block.source), np.unravel_index(int(bad.argmax()), bad.shape)
-        place = [block.start + int(first[0]), *map(int, first[1:])]
-        raise CheckpointError(
-            f"{entry.path}: tensor {quote(entry.name)} holds NaN or Inf (first at {place}, as {dtype}); "
-            "the checkpoint is damaged, download this shard again"
-        )
 
 
 def _parts(checkpoint: Checkpoint, block: _Block) -> Iterator[tuple[str, int, np.ndarray]]:
@@ -192,7 +148,8 @@ def _fill_host(checkpoint, blocks, shapes, host, advance) -> dict:
 
     def work(block):
         if block.form is None:
-            _read(checkpoint, block, arrays[block.place.leaf][block.place.index][block.start : block.stop])
+            out = arrays[block.place.leaf][block.place.index][block.start : block.stop]
+            stored.read(checkpoint, block.source, block.start, out)
         else:
             for path, first, rows in _parts(checkpoint, block):
                 arrays[path][block.place.index][first : first + len(rows)] = rows
@@ -211,12 +168,12 @@ def _fill_device(checkpoint, blocks, shapes, host, advance) -> dict:
     def work(block):
         path, index = block.place.leaf, block.place.index
         if path in host:
-            _read(checkpoint, block, arrays[path][index][block.start : block.stop])
+            stored.read(checkpoint, block.source, block.start, arrays[path][index][block.start : block.stop])
             return block, []
         if block.form is not None:
             return block, list(_parts(checkpoint, block))
         out = np.empty((block.stop - block.start, *block.source.shape[1:]), shapes[path].dtype)
-        _read(checkpoint, block, out)
+        stored.read(checkpoint, block.source, block.start, out)
         return block, [(path, block.start, out)]
 
     for block, parts in _in_order(work, blocks):
@@ -244,5 +201,5 @@ def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
 
 
 def _size(block: _Block) -> int:
-    entry = _main(block.source)
+    entry = stored.main(block.source)
     return (block.stop - block.start) * math.prod(entry.shape[1:]) * ITEMSIZE[entry.dtype]

@@ -9,10 +9,19 @@ from kjax.errors import CheckpointError
 from kjax.offload.formats import FORMATS, Quantised, decode
 from kjax.weights.safetensors import DTYPES, ITEMSIZE, Checkpoint, TensorEntry, quote
 
+WHOLE = ("BF16", "F16", "F32")  # the dtypes of weights that are stored without scales
 ROWS = 128  # a multiple of every block's rows
 NUMBERS = 1 << 21  # that a band aims at: 8 MiB as fp32
 
 Source = TensorEntry | Quantised
+
+# The bits of the exponent; all set means NaN or Inf.
+_EXPONENT = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
+
+
+def main(source: Source) -> TensorEntry:
+    """The tensor that holds most of a weight."""
+    return source.codes if isinstance(source, Quantised) else source
 
 
 def weights(checkpoint: Checkpoint, quantization) -> dict[str, Source]:
@@ -64,21 +73,39 @@ def bands(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 def numbers(checkpoint: Checkpoint, source: Source, start: int, stop: int, *, exact: bool = False) -> np.ndarray:
     """Rows of a weight as fp32; NaN and Inf are refused by name.  exact: as for kjax.offload.formats.decode."""
-    if isinstance(source, Quantised):
-        entry, out = source.codes, np.empty((stop - start, source.shape[1]), np.float32)
-        decode(source.format, rows(checkpoint, entry, start, stop), scales(checkpoint, source, start, stop), out, start,
-               exact=exact)
-    else:
-        entry, out = source, rows(checkpoint, source, start, stop).astype(np.float32)
-    if not np.isfinite(out).all():
-        raise CheckpointError(f"{entry.path}: tensor {quote(entry.name)} holds NaN or Inf; the checkpoint is damaged, "
-                              "download this shard again")
+    out = np.empty((stop - start, *source.shape[1:]), np.float32)
+    read(checkpoint, source, start, out, exact=exact)
     return out
 
 
-def rows(checkpoint: Checkpoint, entry: TensorEntry, start: int, stop: int) -> np.ndarray:
-    """Rows of a tensor as stored."""
-    out = np.empty((stop - start, *entry.shape[1:]), DTYPES[entry.dtype])
+def read(checkpoint: Checkpoint, source: Source, start: int, out: np.ndarray, *, exact: bool = False):
+    """Fills `out` [rows, ...] of any floating type with a weight's rows from `start` on; refuses NaN and Inf."""
+    entry, stop = main(source), start + len(out)
+    if isinstance(source, Quantised):
+        decode(source.format, rows(checkpoint, entry, start, stop), scales(checkpoint, source, start, stop), out, start,
+               exact=exact)
+    elif out.dtype == np.dtype(DTYPES[entry.dtype]):
+        rows(checkpoint, entry, start, stop, out)
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):  # what becomes Inf is reported by name below
+            out[...] = rows(checkpoint, entry, start, stop).reshape(out.shape).astype(out.dtype)
+    unsigned, exponent = _EXPONENT[out.dtype.name]
+    refuse(source, start, (out.view(unsigned) & unsigned(exponent)) == exponent, out.dtype.name)
+
+
+def refuse(source: Source, start: int, bad: np.ndarray, dtype: str):
+    """Names the first number of the rows from `start` on that is bad, read as dtype."""
+    if bad.any():
+        entry, first = main(source), np.unravel_index(int(bad.argmax()), bad.shape)
+        place = [start + int(first[0]), *map(int, first[1:])]
+        raise CheckpointError(f"{entry.path}: tensor {quote(entry.name)} holds NaN or Inf (first at {place}, as "
+                              f"{dtype}); the checkpoint is damaged, download this shard again")
+
+
+def rows(checkpoint: Checkpoint, entry: TensorEntry, start: int, stop: int, out: np.ndarray | None = None):
+    """Rows of a tensor as stored, in `out` or a new array."""
+    if out is None:
+        out = np.empty((stop - start, *entry.shape[1:]), DTYPES[entry.dtype])
     checkpoint.read_bytes(entry, out, start * math.prod(entry.shape[1:]) * ITEMSIZE[entry.dtype])
     return out
 
