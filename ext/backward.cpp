@@ -112,7 +112,7 @@ class Backward : Pass {
     const int64_t ldc = round_up(w.count, kLine), size = static_cast<int64_t>(size_of(type));
     float* const c = results(worker, 0);
     multiply_across({row(space.rows, s.slot, row_length(width)), row_length(width), s.rows, w, next, c, ldc, false,
-                     worker.scratch.data()});
+                     worker.scratch});
     std::byte *const gs = g + (s.slot * length + w.first) * size, *const us = u + (s.slot * length + w.first) * size;
     if (kept) {
       const std::byte* const from = kept + (s.first * hidden + w.first) * size;
@@ -203,8 +203,8 @@ class Backward : Pass {
     const Strip up = strip(matrix(segment, kUp), width, block, gemm.across_width);
     const int64_t ldc = round_up(gate.count, kLine), at = s.slot * length * static_cast<int64_t>(size_of(type));
     float* const c = results(worker, 0);
-    multiply_across({g + at, length, s.rows, gate, up, c, ldc, false, worker.scratch.data()});
-    multiply_across({u + at, length, s.rows, up, next, c, ldc, true, worker.scratch.data()});
+    multiply_across({g + at, length, s.rows, gate, up, c, ldc, false, worker.scratch});
+    multiply_across({u + at, length, s.rows, up, next, c, ldc, true, worker.scratch});
     if (adapters.any()) adapted_outer(worker, segment, block, gate, c, ldc, low);
     hand_off(worker, turns[block], segment, gate.first, gate.count, c, ldc, nullptr, dx);
   }

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "dispatch.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace kjax {
@@ -25,8 +26,8 @@ double decode_cost(Format format, bool across) {
   const int64_t width = across ? gemm.across_width : gemm.along_width;
   const int64_t rounds = kWeights / (width * kReduction) + 1;
   std::atomic<int64_t> slowest{0};
-  auto job = [&](Worker& worker) {
-    worker.scratch.grow(kScratch + kLine * sizeof(float));
+  auto job = [&](Worker&) {
+    Memory scratch(scratch_bytes(std::max(width, kReduction)));
     // 0x38 is one in e4m3 and a number in every other format; 0x3f80 is one in bf16, and twice that a number in fp32.
     Memory weights(static_cast<size_t>(width * kReduction * kBits[f] / 8)), scales(kReduction * width * 4);
     std::memset(weights.data(), 0x38, weights.size());
@@ -37,7 +38,7 @@ double decode_cost(Format format, bool across) {
                       width};
     const Product product{weights.data(), kReduction, 0,
                           strip,          {},         reinterpret_cast<float*>(scales.data()),
-                          width,          false,      worker.scratch.data()};
+                          width,          false,      scratch.data()};
     const auto decode = [&] { (across ? gemm.across : gemm.along)[f](product); };
     if (gemm.begin) gemm.begin();
     decode();

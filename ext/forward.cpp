@@ -59,7 +59,7 @@ class Forward : Pass {
     const int64_t length = row_length(hidden), ldc = round_up(w.count, kLine);
     float* const c = results(worker, 0);
     multiply_along(
-        {row(space.more_rows, s.slot, length), length, s.rows, w, next, c, ldc, false, worker.scratch.data()});
+        {row(space.more_rows, s.slot, length), length, s.rows, w, next, c, ldc, false, worker.scratch});
     if (adapters.any()) adapters.add_b(room(worker), s, kDown, w.first, w.count, low, c, ldc);
     hand_off(worker, turns[block], segment, w.first, w.count, c, ldc, call.gate, y);
   }

@@ -80,7 +80,7 @@ struct Scratch {
   explicit Scratch(std::byte* bytes)
       : panel(reinterpret_cast<float*>(bytes)), rows(panel + kDepth * kWidth), line(rows + kDepth * kChunk) {}
 };
-static_assert((kDepth * (kWidth + kChunk + kLanes)) * sizeof(float) <= kScratch);
+static_assert((kDepth * (kWidth + kChunk + kLanes)) * sizeof(float) <= kPanelBytes);
 
 // All rows of A against the panels [cols / kTileCols][depth][kTileCols] of one block of the reduction.
 void multiply_panels(const Product& p, Format format, const Scratch& s, int64_t k, int64_t depth, Prefetch& prefetch) {

@@ -65,10 +65,14 @@ struct Product {
   float* c;  // [rows, ldc]; rows and columns up to the next multiples of 16 and of kLine may be overwritten
   int64_t ldc;
   bool add;            // add to C instead of overwriting it
-  std::byte* scratch;  // this thread's, kScratch bytes, aligned to 64
+  std::byte* scratch;  // this thread's, scratch_bytes() of the strip's matrix, aligned to 64
 };
 using Multiply = void (*)(const Product&);
-constexpr size_t kScratch = size_t{1} << 20;
+// Scratch of a product: two panels of 256 x 256 bf16, one multiplied while the other is decoded, or strips of fp32 of that
+// size; and the tables of a format that has them, 256 bytes for each 128 columns of two rows of blocks. 64 threads then
+// take 64 MB together with their results.
+constexpr size_t kPanelBytes = size_t{288} << 10;
+constexpr size_t scratch_bytes(int64_t cols) { return kPanelBytes + static_cast<size_t>(cols + 127) / 128 * 512; }
 
 // The products of one ISA; null where this ISA leaves a format to a lower one.
 struct Gemm {

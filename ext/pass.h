@@ -57,7 +57,7 @@ class Pass {
     if (piece.row == 0) store.read_ahead(static_cast<int>(call.layer), s.expert);
     const int64_t length = row_length(width);
     const bool packed = for_along && gemm.pack;
-    std::byte* const to = packed ? worker.scratch.data() + staging_offset() : row(rows, s.slot + piece.row, length);
+    std::byte* const to = packed ? staging(worker) : row(rows, s.slot + piece.row, length);
     for (int64_t r = 0; r < piece.rows; ++r)
       elementwise.convert(static_cast<const std::byte*>(from) +
                               static_cast<size_t>(routing.token[s.first + piece.row + r] * width) * size_of(call.dtype),
@@ -67,21 +67,23 @@ class Pass {
     gathered[piece.segment].fetch_add(static_cast<int32_t>(piece.rows), std::memory_order_release);
   }
 
-  // C of one product, [rows, ldc] in this worker's scratch after the kernel's own.
-  static float* results(const Worker& worker, int64_t which) {
-    return reinterpret_cast<float*>(worker.scratch.data() + kScratch) + which * kMaxRows * kWidest;
+  // Scratch of a worker: first that of products and of adapters, which take turns; then what products result in, where
+  // rows on their way into the packed layout lie while they are gathered.
+  size_t before_results() const {
+    return whole_lines(std::max(scratch_bytes(std::max(width, hidden)), adapters.scratch_bytes()));
   }
-  static constexpr int64_t kWidest = 4 * kLine;
-  // Rows on their way into the packed layout: a piece of x, or h of one strip.
-  static size_t staging_offset() { return kScratch + 2 * sizeof(float) * kMaxRows * kWidest; }
-  size_t adapter_offset() const {
-    const size_t staged = std::max(kRowTile * row_length(width), kMaxRows * row_length(gemm.along_width)) * size_of(type);
-    return staging_offset() + (staged + 63) / 64 * 64;
+  size_t worker_bytes() const {
+    const size_t results = sizeof(float) * kMaxRows * std::max(2 * gemm.along_width, gemm.across_width);
+    const size_t gathered = size_of(type) * kRowTile * row_length(width);
+    return whole_lines(before_results() + std::max(results, gathered));
   }
-  size_t worker_bytes() const { return adapter_offset() + adapters.scratch_bytes(); }
-  AdapterPass::Room room(const Worker& worker) const {
-    return adapters.room(worker.scratch.data() + adapter_offset());
+  static size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+  // C of one product, [rows, ldc].
+  float* results(const Worker& worker, int64_t which) const {
+    return reinterpret_cast<float*>(worker.scratch + before_results()) + which * kMaxRows * gemm.along_width;
   }
+  std::byte* staging(const Worker& worker) const { return worker.scratch + before_results(); }
+  AdapterPass::Room room(const Worker& worker) const { return adapters.room(worker.scratch); }
 
   // Gathers a piece of x with T of gate and up.
   void gather_x(const Worker& worker, const Memory& rows, int64_t task, float* t) const {
@@ -101,7 +103,7 @@ class Pass {
     const Strip up = strip(matrix(segment, kUp), hidden, block, gemm.along_width);
     const int64_t ldc = round_up(gate.count, kLine), x_length = row_length(width);
     float *const cg = results(worker, 0), *const cu = results(worker, 1);
-    Product product{row(x, s.slot, x_length), x_length, s.rows, gate, up, cg, ldc, false, worker.scratch.data()};
+    Product product{row(x, s.slot, x_length), x_length, s.rows, gate, up, cg, ldc, false, worker.scratch};
     multiply_along(product);
     product.strip = up;
     product.next = next;
@@ -112,12 +114,15 @@ class Pass {
       adapters.add_b(room(worker), s, kGate, gate.first, gate.count, t, cg, ldc);
       adapters.add_b(room(worker), s, kUp, gate.first, gate.count, t, cu, ldc);
     }
+    // Where h is packed, or only adapters want it, its rows take the place of g's.
     const bool packed = h && gemm.pack, staged = packed || (!h && adapters.has(kDown));
-    const int64_t h_length = staged ? row_length(gate.count) : row_length(hidden);
-    std::byte* const h_rows = staged ? worker.scratch.data() + staging_offset()
+    const int64_t h_length = staged ? ldc * static_cast<int64_t>(sizeof(float) / size_of(type)) : row_length(hidden);
+    std::byte* const h_rows = staged ? reinterpret_cast<std::byte*>(cg)
                               : h    ? row(*h, s.slot, h_length) + gate.first * size_of(type)
                                      : nullptr;
-    const int64_t pad = staged ? h_length - gate.count : gate.first + gate.count == hidden ? h_length - hidden : 0;
+    const int64_t pad = staged                               ? round_up(gate.count, kPad) - gate.count
+                        : gate.first + gate.count == hidden ? h_length - hidden
+                                                             : 0;
     for (int64_t r = 0; r < s.rows; ++r) {
       const size_t kept = static_cast<size_t>(((by_slot ? s.slot : s.first) + r) * length + gate.first) * size_of(type);
       elementwise.swiglu(cg + r * ldc, cu + r * ldc, gate.count, pad, g ? g + kept : nullptr, g ? u + kept : nullptr,
@@ -162,8 +167,10 @@ class Pass {
     tasks.reset(count, store.split() ? static_cast<int>(nodes().size()) : 1, [&](int64_t t) {
       return home_of(store.node(routing.segments[segment_of(t)].expert));
     });
+    const size_t bytes = worker_bytes();
+    space.scratch.grow(bytes * static_cast<size_t>(thread_count()));
     auto job = [&](Worker& worker) {
-      worker.scratch.grow(worker_bytes());
+      worker.scratch = space.scratch.data() + bytes * static_cast<size_t>(worker.id);
       const Begun begun(gemm);
       Tasks::Claims claims(tasks, worker.node);
       for (int64_t t = claims.take(), after; t < count; t = after < count ? after : claims.take()) {

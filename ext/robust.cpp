@@ -1,6 +1,7 @@
 // What the self-test does not look at: every decode over random bytes, shapes and places between unmapped pages; memory
-// refused at each single allocation; no allocation in a steady call; calls and closings from several threads at once.
-//   kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | together [SECONDS]
+// refused at each single allocation; no allocation in a steady call, and how much first calls allocate; calls and
+// closings from several threads at once.
+//   kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | memory | together [SECONDS]
 // Exit status 1 and a line that says how to repeat it when something is wrong. Meant for builds with sanitizers too.
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -36,29 +37,33 @@
 namespace {
 std::atomic<int64_t> allocations{0};
 std::atomic<int64_t> refuse_at{-1};
-bool refused() { return allocations.fetch_add(1) == refuse_at.load(); }
+std::atomic<int64_t> allocated{0};  // bytes
+bool refused(size_t size) {
+  allocated += static_cast<int64_t>(size);
+  return allocations.fetch_add(1) == refuse_at.load();
+}
 }  // namespace
 
 extern "C" {
 void* __real_aligned_alloc(size_t, size_t);
 void* __real_mmap(void*, size_t, int, int, int, off_t);
 void* __wrap_aligned_alloc(size_t alignment, size_t size) {
-  return refused() ? nullptr : __real_aligned_alloc(alignment, size);
+  return refused(size) ? nullptr : __real_aligned_alloc(alignment, size);
 }
 void* __wrap_mmap(void* at, size_t size, int protection, int flags, int file, off_t offset) {
-  return refused() ? MAP_FAILED : __real_mmap(at, size, protection, flags, file, offset);
+  return refused(size) ? MAP_FAILED : __real_mmap(at, size, protection, flags, file, offset);
 }
 }
 
 void* operator new(size_t size) {
-  void* const memory = refused() ? nullptr : std::malloc(size ? size : 1);
+  void* const memory = refused(size) ? nullptr : std::malloc(size ? size : 1);
   if (!memory) throw std::bad_alloc();
   return memory;
 }
 void* operator new[](size_t size) { return operator new(size); }
 void* operator new(size_t size, std::align_val_t alignment) {
   const size_t to = static_cast<size_t>(alignment);
-  void* const memory = refused() ? nullptr : __real_aligned_alloc(to, (size + to - 1) / to * to);
+  void* const memory = refused(size) ? nullptr : __real_aligned_alloc(to, (size + to - 1) / to * to);
   if (!memory) throw std::bad_alloc();
   return memory;
 }
@@ -153,7 +158,8 @@ std::string fuzz_product(const Kernels& kernels, uint64_t seed) {
 
   // Operands as a pass lays them out: padded rows, whole tiles of them.
   const int64_t lda = (depth + kPad - 1) / kPad * kPad + kPad, slots = (m + kRowTile - 1) / kRowTile * kRowTile;
-  Memory plain(static_cast<size_t>((slots + kRowTile) * lda * size)), packed(plain.size()), scratch(kScratch);
+  Memory plain(static_cast<size_t>((slots + kRowTile) * lda * size)), packed(plain.size());
+  const Fenced scratch(scratch_bytes(cols), true);
   std::memset(plain.data(), 0, plain.size());
   std::memset(packed.data(), 0, packed.size());
   std::vector<int64_t> hot(m);
@@ -173,7 +179,8 @@ std::string fuzz_product(const Kernels& kernels, uint64_t seed) {
   const Strip strip{w, first, count}, next = random.one_in(2) ? strip : Strip{};
   if (gemm.begin) gemm.begin();
   (along ? gemm.along : gemm.across)[which](
-      {takes_packed ? packed.data() : plain.data(), lda, m, strip, next, out, ldc, add, scratch.data()});
+      {takes_packed ? packed.data() : plain.data(), lda, m, strip, next, out, ldc, add,
+       reinterpret_cast<std::byte*>(scratch.data())});
   if (gemm.end) gemm.end();
   if (!tame) return "";  // NaN and Inf, which loading refuses, may end up anywhere
   std::vector<float> line(cols);
@@ -215,7 +222,9 @@ int fuzz(double seconds, uint64_t seed) {
 
 // A small store and a call over it, with adapters that stay on the host where they are asked for.
 struct Example : AdapterArrays {
-  explicit Example(Format format, uint64_t seed, bool adapted = false) : width(96), hidden(72) {
+  Example(Format format, uint64_t seed, bool adapted = false, int64_t tokens = 50, int64_t width = 96,
+          int64_t hidden = 72)
+      : tokens(tokens), width(width), hidden(hidden) {
     Random random(seed);
     constexpr int kExperts = 5;
     const auto store = std::make_shared<Store>(1, kExperts, width, hidden, format);
@@ -236,8 +245,8 @@ struct Example : AdapterArrays {
     for (int e = 0; e < kExperts; ++e) nodes[e] = e % static_cast<int>(kjax::nodes().size());
     store->set_nodes(nodes.data());
     id = register_store(store);
-    for (int64_t i = 0; i < kTokens * width; ++i) x.push_back(static_cast<float>(random.between(-99, 99)) / 50);
-    for (int64_t i = 0; i < kTokens * kPerToken; ++i) {
+    for (int64_t i = 0; i < tokens * width; ++i) x.push_back(static_cast<float>(random.between(-99, 99)) / 50);
+    for (int64_t i = 0; i < tokens * kPerToken; ++i) {
       idx.push_back(static_cast<int32_t>(random.between(-1, kExperts - 1)));
       gate.push_back(0.25f);
     }
@@ -245,7 +254,7 @@ struct Example : AdapterArrays {
   }
 
   void add_adapters(int experts) {
-    constexpr int64_t kRank = 3;
+    constexpr int64_t kRank = 8;
     factors.assign(kRank * experts * (width + hidden), 0.01f);  // either factor of a projection fits in
     gradients.resize(2 * kProjections, factors);
     auto adapters = std::make_shared<HostAdapters>();
@@ -267,9 +276,12 @@ struct Example : AdapterArrays {
 
   // The bits of y, of the gradients from the stash, and of those computed again.
   uint64_t results() {
-    thread_local std::vector<float> y(kTokens * 96), dx(kTokens * 96), dgate(kTokens * kPerToken);
+    thread_local std::vector<float> y, dx, dgate;
+    y.resize(tokens * width);
+    dx.resize(tokens * width);
+    dgate.resize(tokens * kPerToken);
     for (std::vector<float>& sums : gradients) std::fill(sums.begin(), sums.end(), 0.0f);
-    Call call{id, 0, kTokens, width, kPerToken, Dtype::kFp32, x.data(), idx.data(), gate.data()};
+    Call call{id, 0, tokens, width, kPerToken, Dtype::kFp32, x.data(), idx.data(), gate.data()};
     std::optional<AdapterCall> adapters;
     const float scales[kProjections] = {1, 2, 3};
     if (host >= 0) adapters.emplace(call, AdapterSetting{scales, 0, host}, *this);
@@ -290,8 +302,8 @@ struct Example : AdapterArrays {
     return hash;
   }
 
-  static constexpr int64_t kTokens = 50, kPerToken = 2;
-  const int64_t width, hidden;
+  static constexpr int64_t kPerToken = 2;
+  const int64_t tokens, width, hidden;
   int id;
   int64_t host = -1;
   std::vector<float> x, gate, factors;
@@ -367,6 +379,19 @@ int steady() {
   return !good;
 }
 
+// What the first calls on the threads there are take besides weights and the caller's arrays, at the width of DeepSeek-V3
+// and with few tokens: what does not grow with tokens.
+int memory() {
+  Example example(Format::kInt4Group32, 6, true, 4, 7168, 512);
+  const int64_t before = allocated.load();
+  example.results();
+  const double megabytes = 1e-6 * static_cast<double>(allocated.load() - before);
+  const bool good = megabytes <= 64 || thread_count() > 64;
+  std::printf("memory: first calls on %d threads take %.1f MB%s\n", thread_count(), megabytes,
+              good ? "" : ": more than 64");
+  return !good;
+}
+
 // Calls over two stores from four threads, while a fifth opens and closes others.
 int together(double seconds) {
   set_nodes({{0, {0}}, {1, {1}}});  // made up: two queues of tasks, whatever the machine has
@@ -400,8 +425,9 @@ int main(int argc, char** argv) {
   if (what == "fuzz") return fuzz(argc > 2 ? std::atof(argv[2]) : 10, argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1);
   if (what == "refusals") return refusals();
   if (what == "steady") return steady();
+  if (what == "memory") return memory();
   if (what == "together") return together(argc > 2 ? std::atof(argv[2]) : 5);
-  std::fputs("kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | together [SECONDS]\n", stderr);
+  std::fputs("kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | memory | together [SECONDS]\n", stderr);
   return 2;
 }
 

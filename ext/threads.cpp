@@ -12,6 +12,7 @@
 #include <mutex>
 #include <sstream>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "mapped.h"
@@ -73,7 +74,6 @@ class Pool {
 
   void run(Job job) {
     check_process();
-    start();
     job_ = &job;
     failed_.store(false);
     error_ = nullptr;
@@ -93,7 +93,7 @@ class Pool {
 
   std::mutex turn;
 
- private:
+  // The threads that are missing; within a turn.
   void start() {
     const int count = thread_count();
     const std::vector<int>& homes = thread_nodes();
@@ -119,6 +119,7 @@ class Pool {
     }
   }
 
+ private:
   // The caller's thread is not pinned: the one CPU that the others leave idle is where it belongs.
   void loop(Worker* worker, int32_t seen) {
     if (nodes().size() > 1) pin_thread(nodes()[worker->node]);
@@ -153,9 +154,12 @@ class Pool {
 };
 
 Turn::Turn() {
-  Pool::get().check_process();
-  Pool::get().turn.lock();
+  Pool& pool = Pool::get();
+  pool.check_process();
+  std::unique_lock lock(pool.turn);
+  pool.start();  // before anything is allocated for the threads there will be
   watch_files();
+  lock.release();
 }
 Turn::Turn(std::try_to_lock_t) : held_(Pool::get().turn.try_lock()) {}
 Turn::~Turn() {

@@ -8,8 +8,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "memory.h"
-
 namespace kjax {
 
 // Raised by kernel calls between tasks while cancellation is switched on.
@@ -23,7 +21,7 @@ class Worker {
  public:
   int id;
   int node;  // an index into nodes(), whose memory this thread should read
-  Memory scratch;  // kept from job to job
+  std::byte* scratch = nullptr;  // for whoever wrote the job
 
   // Throws when the job was cancelled, failed elsewhere or lost a mapped file; called between tasks.
   void check() const;

@@ -48,6 +48,7 @@ struct Workspace {
   Memory partial;          // [routes, strips] parts of dgate
   Memory activations;      // g and u, then dg and du, of a backward call, by slot
   Memory low, low_gradients;  // T and dT of the adapters [routes, ranks]
+  Memory scratch;             // of all threads
   Counters gathered, ready, turn;
   Tasks tasks;
   std::vector<double> squares;  // per expert, of its adapters' gradients
@@ -60,7 +61,7 @@ struct Workspace {
     largest_ = std::max(largest_, routing.routes());
   }
   void release() {
-    for (Memory* memory : {&rows, &more_rows, &sums, &partial, &activations, &low, &low_gradients}) memory->release();
+    for (Memory* memory : {&rows, &more_rows, &sums, &partial, &activations, &low, &low_gradients, &scratch}) memory->release();
     largest_ = 0;
     smaller_ = 0;
   }

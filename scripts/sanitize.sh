@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The C++ programs under sanitizers: scripts/sanitize.sh [address|thread|plain|fuzz]... (default: the first three).
 # Address and undefined behaviour: the self-test, fuzzing and refused memory. Threads: the self-test and concurrent calls.
-# Plain, without sanitizers: allocations of a steady call, which sanitizers would add to.
+# Plain, without sanitizers: allocations of a steady call and of a first one, which sanitizers would add to.
 # KJAX_FUZZ_SECONDS sets how long random products run (60), KJAX_FUZZ_SEED where they begin (the date).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -51,6 +51,7 @@ for what in "${@:-address thread plain}"; do for one in $what; do
     plain)
         build plain ""
         check plain build/plain/kjax_robust steady
+        check plain KJAX_THREADS=64 build/plain/kjax_robust memory
         check plain KJAX_THREADS=3 build/plain/kjax_robust refusals
         ;;
     *) die "sanitize.sh: $one is not address, thread, plain or fuzz" ;;

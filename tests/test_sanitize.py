@@ -23,11 +23,13 @@ def robust(tmp_path_factory) -> Path:
     return directory / "kjax_robust"
 
 
-@pytest.mark.parametrize("mode, says", [
-    ("fuzz 3 7", "fuzz: "), ("steady", "steady: 0 allocations in 60 calls on int4_group32 with adapters on the host"),
-    ("refusals", "an exception every time, and the next call right"), ("together 2", ", 0 wrong"),
+@pytest.mark.parametrize("mode, threads, says", [
+    ("fuzz 3 7", 3, "fuzz: "),
+    ("steady", 3, "steady: 0 allocations in 60 calls on int4_group32 with adapters on the host"),
+    ("refusals", 3, "an exception every time, and the next call right"), ("together 2", 3, ", 0 wrong"),
+    ("memory", 64, "memory: first calls on 64 threads take"),
 ])  # fmt: skip
-def test_robust(robust, mode, says):
+def test_robust(robust, mode, threads, says):
     done = subprocess.run([robust, *mode.split()], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "KJAX_THREADS": "3"})  # fmt: skip
+                          env={**os.environ, "KJAX_THREADS": str(threads)})  # fmt: skip
     assert done.returncode == 0 and says in done.stdout, (done.stdout, done.stderr)
