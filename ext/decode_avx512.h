@@ -195,6 +195,16 @@ struct Decode<Format::kInt4Group32> {
   }
 };
 
+// The scales of `cols` columns from (row, col) on, to be asked for row by row.
+template <Format F>
+inline ScaleRun scales_of(const Matrix& w, int64_t row, int64_t col, int64_t cols) {
+  constexpr ScaleBlock block = kScaleBlock[static_cast<int>(F)];
+  if (block.bytes == 0 || cols <= 0 || !w.scales) return {};
+  const int64_t wide = (col + cols - 1) / block.cols - col / block.cols + 1;
+  return {scale_ptr(F, w, row, col), block.rows == 1 ? scales_per_row(block, w.cols) * block.bytes : 0,
+          wide * block.bytes};
+}
+
 // What prepare() made for a region of a matrix that starts at multiples of 128 rows and columns or lies within such a
 // block.
 template <Format F>

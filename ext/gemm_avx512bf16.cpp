@@ -21,7 +21,9 @@ namespace {
 // Up to kDotOnly rows the dot kernel takes all. Of more, it takes what is left over after whole tiles of 16 tokens, up
 // to kDotRows; more are padded to a tile.
 constexpr int64_t kDotOnly = 12, kDotRows = 8;
-constexpr int64_t kDepth = 2048;       // along: reduction per block; one horizontal sum per 4 x 6 tile stays below 3 %
+constexpr int64_t kSums = 16;                // room for the sums of a stored row in dot products, one per operand row
+constexpr int64_t kOperandBytes = 32 << 10;  // of operand rows that stay in L1 while stored rows meet them
+constexpr int64_t kDepth = 2048;             // along: reduction per block of tiles of tokens
 constexpr int64_t kTileDepth = 256;    // of it, per visit of the token tiles: 48 tokens are 24 KB of L1; decoded rows
                                        // of one visit are made beside the products of the visit before
 constexpr int64_t kAcrossDepth = 256;  // across: a panel of one line of 64 columns is 32 KB of L1
@@ -70,53 +72,89 @@ void panel_tile(const uint16_t* a, int64_t lda, const uint16_t* panel, int64_t p
   cursor = prefetch;
 }
 
-// Four horizontal sums at once.
-inline __m128 sum4(__m512 s0, __m512 s1, __m512 s2, __m512 s3) {
-  const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
-  const __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3));
-  const __m512d xd = _mm512_castps_pd(x), yd = _mm512_castps_pd(y);
-  const __m512 z =
-      _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(xd, yd)), _mm512_castpd_ps(_mm512_unpackhi_pd(xd, yd)));
-  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(z), _mm512_extractf32x8_ps(z, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+// The horizontal sums of R <= 16 vectors, one in each lane, zeros behind them.
+template <int R>
+inline __m512 sums_of(const __m512 (&v)[R]) {
+  const auto at = [&](int i) { return i < R ? v[i] : _mm512_setzero_ps(); };
+  __m512 pairs[8], fours[4], eights[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    pairs[i] =
+        _mm512_add_ps(_mm512_unpacklo_ps(at(2 * i), at(2 * i + 1)), _mm512_unpackhi_ps(at(2 * i), at(2 * i + 1)));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d even = _mm512_castps_pd(pairs[2 * i]), odd = _mm512_castps_pd(pairs[2 * i + 1]);
+    fours[i] =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
+                              _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88),
+                       _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
 }
 
-// C [R, W] (+)= A [R, depth] x W stored rows [W, depth], both along k; A in blocks [depth / 32][R of `step`][32]. Of C,
-// `cols` columns are written.
-template <int R, int W>
-void dot_tile(const uint16_t* a, int64_t step, const uint16_t* const (&w)[W], int64_t depth, float* c, int64_t ldc,
-              int64_t cols, bool add, Prefetch& cursor) {
-  Prefetch prefetch = cursor;
-  __m512 sum[R * W + 3];
-#pragma GCC unroll 32
-  for (int i = 0; i < R * W + 3; ++i) sum[i] = _mm512_setzero_ps();
-  const auto multiply = [&](const __m512bh(&y)[W]) {
+// Sums [W stored rows][R of kSums operand rows] (+)= W [W, depth] x A [R, depth], both along k. Stored rows from
+// (row, k0) on, k0 a multiple of 128, are decoded 64 columns at a time in registers; n of them exist, and the last
+// stands for those missing. A in blocks [depth / 32][R][32], zeros from depth on.
+template <Format F, int R, int W>
+void dot_tile(const uint16_t* a, const Matrix& w, const Tables<F>& tables, int64_t row, int64_t n, int64_t k0,
+              int64_t depth, float* sums, bool add, Prefetch& prefetch) {
+  __m512 sum[W][R];
+  const uint8_t* stored[W];
+#pragma GCC unroll 4
+  for (int j = 0; j < W; ++j) {
+    stored[j] = byte_at(F, w, row + (j < n ? j : n - 1), k0);
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i) sum[j][i] = _mm512_setzero_ps();
+  }
+  const auto multiply = [&](const __m512i(&y)[W]) __attribute__((always_inline)) {
 #pragma GCC unroll 12
     for (int i = 0; i < R; ++i) {
       const __m512bh x = as_bf16(_mm512_loadu_si512(a + i * 32));
 #pragma GCC unroll 4
-      for (int j = 0; j < W; ++j) sum[i * W + j] = _mm512_dpbf16_ps(sum[i * W + j], x, y[j]);
+      for (int j = 0; j < W; ++j) sum[j][i] = _mm512_dpbf16_ps(sum[j][i], x, as_bf16(y[j]));
     }
+    a += R * 32;
   };
-  __m512bh y[W];
-  int64_t k = 0;
-  for (; k + 32 <= depth; k += 32, a += step * 32) {
+  typename Decode<F>::Scale scale[W];
+  const auto visit = [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+    __m512i low[W], high[W];
+#pragma GCC unroll 4
+    for (int j = 0; j < W; ++j) {
+      const Weights y = Decode<F>::load(scale[j], stored[j], c, n);
+      low[j] = y.low, high[j] = y.high;
+    }
+    multiply(low);
+    if (n > 32) multiply(high);
+  };
+  for (int64_t k = 0; k < depth; k += kBlock) {
     prefetch.tick();
 #pragma GCC unroll 4
-    for (int j = 0; j < W; ++j) y[j] = as_bf16(_mm512_loadu_si512(w[j] + k));
-    multiply(y);
-  }
-  if (k < depth) {  // the stored row ends here; the operand row goes on in zeros
+    for (int j = 0; j < W; ++j) scale[j] = tables.scale(w, row + (j < n ? j : n - 1), k0 + k);
+    if (depth - k >= kBlock) {
+      visit(0, 64);
+      visit(64, 64);
 #pragma GCC unroll 4
-    for (int j = 0; j < W; ++j) y[j] = as_bf16(_mm512_maskz_loadu_epi16(first_halves(depth - k), w[j] + k));
-    multiply(y);
+      for (int j = 0; j < W; ++j) stored[j] += bytes_of(F, kBlock);
+    } else {
+      for (int64_t c = 0; c < depth - k; c += 64) visit(c, depth - k - c);
+    }
   }
-  alignas(16) float sums[R * W + 3];
-#pragma GCC unroll 8
-  for (int i = 0; i < R * W; i += 4) _mm_store_ps(sums + i, sum4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]));
-  for (int i = 0; i < R; ++i)
-    for (int64_t j = 0; j < cols; ++j) c[i * ldc + j] = (add ? c[i * ldc + j] : 0.0f) + sums[i * W + j];
-  cursor = prefetch;
+#pragma GCC unroll 4
+  for (int j = 0; j < W; ++j) {
+    const __m512 all = sums_of(sum[j]);
+    _mm512_store_ps(sums + j * kSums, add ? _mm512_add_ps(_mm512_load_ps(sums + j * kSums), all) : all);
+  }
+}
+
+// Calls f<R> for a number of rows from `least` to `most`.
+template <int least, int most, class F>
+inline void with_rows(int64_t rows, F f) {
+  [&]<int... R>(std::integer_sequence<int, R...>) {
+    ((rows == least + R ? f.template operator()<least + R>() : void()), ...);
+  }(std::make_integer_sequence<int, most - least + 1>());
 }
 
 // Calls f<R>(first row) for equal parts of at most `most` rows: a row or two of accumulators left over alone could not
@@ -125,9 +163,7 @@ template <int most, class F>
 inline void for_tiles(int64_t rows, F f) {
   for (int64_t r = 0, parts = (rows + most - 1) / most; parts > 0; --parts) {
     const int64_t n = (rows - r + parts - 1) / parts;
-    [&]<int... R>(std::integer_sequence<int, R...>) {
-      ((n == R + 1 ? f.template operator()<R + 1>(r) : void()), ...);
-    }(std::make_integer_sequence<int, most>());
+    with_rows<1, most>(n, [&]<int R>() { f.template operator()<R>(r); });
     r += n;
   }
 }
@@ -214,61 +250,68 @@ void pack(const void* from, int64_t lda, int64_t count, int64_t first, int64_t r
   }
 }
 
-// Few rows: W stored rows at a time, so that up to 24 / W operand rows meet each of them in one pass.
-template <Format F, int W>
-void along_few(const Product& p, int64_t deepest) {
+// Few rows, `least` to `most`: all of them meet W stored rows at a time.
+template <Format F, int W, int least, int most>
+void along_few(const Product& p) {
   const Matrix& w = p.strip.matrix;
-  const int64_t k_end = w.cols, blocks = (k_end + deepest - 1) / deepest;
-  const int64_t step = (k_end / blocks + kBlock - 1) / kBlock * kBlock, groups = (p.strip.count + W - 1) / W,
-                units = (k_end + step - 1) / step * groups;
-  constexpr int64_t ahead = 4;
-  constexpr int most = 24 / W;
+  const int64_t deepest = kOperandBytes / 2 / most, groups = (p.strip.count + W - 1) / W,
+                blocks = (w.cols + deepest - 1) / deepest;
+  const int64_t step = (w.cols / blocks + kBlock - 1) / kBlock * kBlock, units = (w.cols + step - 1) / step * groups;
+  constexpr int64_t ahead = 4;  // groups between asking for stored rows and reading them
   const uint16_t* const operands = static_cast<const uint16_t*>(p.a);
-  uint16_t* const decoded = reinterpret_cast<uint16_t*>(p.scratch);
-  constexpr int64_t kStride = kDepth + 32;  // rows 4 KB apart would share L1 sets
-  const Tables<F> tables(w, p.strip.first, p.strip.count, 0, k_end, p.scratch + W * kStride * sizeof(uint16_t));
+  float* const sums = reinterpret_cast<float*>(p.scratch);  // C^T [groups of W][kSums]
+  const Tables<F> tables(w, p.strip.first, p.strip.count, 0, w.cols, p.scratch + 2 * kLine * kSums * sizeof(float));
   for (int64_t u = 0; u < units; ++u) {
     // The group `ahead` of this one, in this strip or the next.
     const bool here = u + ahead < units;
     const Strip& s = here ? p.strip : p.next;
     const int64_t v = here ? u + ahead : u + ahead - units, later = v % groups * W, later_k = v / groups * step;
     const int64_t later_depth = s.matrix.cols - later_k < step ? s.matrix.cols - later_k : step;
-    const int64_t k = u / groups * step, depth = k_end - k < step ? k_end - k : step, col = u % groups * W;
     const int64_t later_rows = s.count - later < W ? s.count - later : W;
+    const int64_t k = u / groups * step, depth = w.cols - k < step ? w.cols - k : step, col = u % groups * W;
     Prefetch prefetch(byte_at(F, s.matrix, s.first + later, later_k), row_bytes(F, s.matrix.cols),
                       bytes_of(F, later_depth), later_k < s.matrix.cols && later_rows > 0 ? later_rows : 0,
-                      (p.rows + most - 1) / most * (depth / 32) + (Decode<F>::kInPlace ? 0 : decode_ticks(W, depth)));
-    const int64_t rows = p.strip.count - col < W ? p.strip.count - col : W;
-    const uint16_t* stored[W];
-    if constexpr (!Decode<F>::kInPlace)
-      decode_rows(w, tables, p.strip.first + col, rows, k, depth, decoded, kStride, prefetch);
-    for (int64_t j = 0; j < W; ++j) {  // a repeated row fills up the last group
-      const int64_t row = j < rows ? j : rows - 1;
-      stored[j] = Decode<F>::kInPlace ? reinterpret_cast<const uint16_t*>(byte_at(F, w, p.strip.first + col + row, k))
-                                      : decoded + row * kStride;
-    }
-    for_tiles<most>(p.rows, [&]<int R>(int64_t r) {
-      dot_tile<R, W>(operands + (k / 32 * p.rows + r) * 32, p.rows, stored, depth, p.c + r * p.ldc + col, p.ldc, rows,
-                     p.add || k > 0, prefetch);
+                      depth / kBlock, scales_of<F>(s.matrix, s.first + later, later_k, later_depth));
+    with_rows<least, most>(p.rows, [&]<int R>() {
+      dot_tile<F, R, W>(operands + k * R, w, tables, p.strip.first + col, p.strip.count - col, k, depth,
+                        sums + col * kSums, k > 0, prefetch);
     });
   }
+  for (int64_t g = 0; g < p.strip.count; g += 16) unpack_sums(sums + g * kSums, kSums, p.rows, p.c + g, p.ldc, p.add);
+}
+
+// What products of no rows cost: their decoding.
+template <Format F>
+void decode_only(const Product& p) {
+  const Matrix& w = p.strip.matrix;
+  if (Decode<F>::kInPlace) return;
+  constexpr int64_t kTogether = 4;
+  std::byte* const room = p.scratch + kTogether * (kDepth + 32) * sizeof(uint16_t);
+  const Tables<F> tables(w, p.strip.first, p.strip.count, 0, w.cols, room);
+  Prefetch none;
+  for (int64_t k = 0; k < w.cols; k += kDepth)
+    for (int64_t r = 0; r < p.strip.count; r += kTogether)
+      decode_rows(w, tables, p.strip.first + r, p.strip.count - r < kTogether ? p.strip.count - r : kTogether, k,
+                  w.cols - k < kDepth ? w.cols - k : kDepth, reinterpret_cast<uint16_t*>(p.scratch), kDepth + 32, none);
 }
 
 template <Format F>
 void along(const Product& p) {
   const int64_t tokens = token_tiles(p.rows), left = left_over(p.rows);
   if (!tokens)
-    return p.rows <= 6 || kBits[static_cast<int>(F)] < 8 ? along_few<F, 4>(p, kDepth)
-           : p.rows <= 8                                 ? along_few<F, 3>(p, kDepth)
-                                                         : along_few<F, 2>(p, kDepth / 2);
+    return p.rows == 0   ? decode_only<F>(p)
+           : p.rows <= 4 ? along_few<F, 4, 1, 4>(p)
+           : p.rows <= 8 ? along_few<F, 2, 5, 8>(p)
+                         : along_few<F, 2, 9, 12>(p);
   const Matrix& w = p.strip.matrix;
   constexpr Constant<kTileDepth + 32> kStride;
   uint16_t* const decoded = reinterpret_cast<uint16_t*>(p.scratch);             // this and the next [64][kStride]
   float* const sums = reinterpret_cast<float*>(decoded + 2 * kLine * kStride);  // C^T [64][16 tokens]
+  float* const left_sums = sums + kLine * kMaxRows;                             // C^T [64][kSums] of the rows left over
   const int64_t ldc = tokens * 16, groups = (p.strip.count + 15) / 16 * 16;
   const uint16_t* const packed = static_cast<const uint16_t*>(p.a);
   const Tables<F> tables(w, p.strip.first, p.strip.count, 0, w.cols,
-                         reinterpret_cast<std::byte*>(sums + kLine * kMaxRows));
+                         reinterpret_cast<std::byte*>(left_sums + 2 * kLine * kSums));
   // Look-ups leave the multipliers to the products, so the next rows are decoded beside them; formats that are scaled
   // by multiplying take turns with the products, and so does a single tile, whose loop has few instructions to spare.
   const bool ahead = Decode<F>::kTableBytes != 0 && tokens > 1;
@@ -283,17 +326,16 @@ void along(const Product& p) {
     const int64_t visits = (tokens + 2) / 3 * groups / 8;
     Prefetch prefetch(
         byte_at(F, s.matrix, s.first, from), row_bytes(F, s.matrix.cols), bytes_of(F, n), s.count,
-        (visits + tiles(left) * groups / 4) * steps + (in_place || ahead ? 0 : decode_ticks(p.strip.count, depth)));
+        (visits + (left > 0) * groups / 8) * steps + (in_place || ahead ? 0 : decode_ticks(p.strip.count, depth)),
+        scales_of<F>(s.matrix, s.first, from, n));
     const auto left_over_rows = [&](const uint16_t* rows, int64_t stride, int64_t at, int64_t n) {
-      for (int64_t g = 0; g < p.strip.count; g += 4) {
-        const uint16_t* four[4];
-        for (int64_t j = 0; j < 4; ++j) four[j] = rows + (g + j < p.strip.count ? g + j : p.strip.count - 1) * stride;
-        for_tiles<kTileRows>(left, [&]<int R>(int64_t r) {
-          const int64_t row = tokens * 16 + r;
-          const uint16_t* const x = packed + tokens * 16 * p.lda + (at / 32 * left + r) * 32;
-          dot_tile<R, 4>(x, left, four, n, p.c + row * p.ldc + g, p.ldc, 4, p.add || at > 0, prefetch);
-        });
-      }
+      const Matrix operands{reinterpret_cast<const uint8_t*>(rows), nullptr, p.strip.count, stride};
+      const Tables<Format::kBf16> none(operands, 0, 0, 0, 0, nullptr);
+      with_rows<1, kDotRows>(left, [&]<int R>() {
+        for (int64_t g = 0; g < p.strip.count; g += 2)
+          dot_tile<Format::kBf16, R, 2>(packed + tokens * 16 * p.lda + at * R, operands, none, g, p.strip.count - g, 0,
+                                        n, left_sums + g * kSums, at > 0, prefetch);
+      });
     };
     const uint16_t* const stored = reinterpret_cast<const uint16_t*>(byte_at(F, w, p.strip.first, k));
     for (int64_t i = 0, n; i < depth; i += n) {
@@ -338,9 +380,11 @@ void along(const Product& p) {
     }
     if (left && in_place) left_over_rows(stored, w.cols, k, depth);
   }
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t g = 0; g < groups; g += 16)
+  for (int64_t g = 0; g < groups; g += 16) {
+    for (int64_t t = 0; t < tokens; ++t)
       unpack_sums(sums + g * ldc + t * 16, ldc, p.rows - t * 16, p.c + t * 16 * p.ldc + g, p.ldc, p.add);
+    if (left) unpack_sums(left_sums + g * kSums, kSums, left, p.c + tokens * 16 * p.ldc + g, p.ldc, p.add);
+  }
 }
 
 template <Format F>
@@ -358,7 +402,8 @@ void across(const Product& p) {
     const Strip& s = more ? p.strip : p.next;
     const int64_t from = more ? k + step : 0, n = s.matrix.rows - from < step ? s.matrix.rows - from : step;
     Prefetch prefetch(byte_at(F, s.matrix, from, s.first), row_bytes(F, s.matrix.cols), bytes_of(F, s.count), n,
-                      across_ticks(p.strip.count, pairs) + tiles(p.rows) * pairs * lines / together);
+                      across_ticks(p.strip.count, pairs) + tiles(p.rows) * pairs * lines / together,
+                      scales_of<F>(s.matrix, from, s.first, s.count));
     const Tables<F> tables(w, k, depth, p.strip.first, p.strip.count, room);
     const bool add = p.add || k > 0;
     for (int64_t first = 0; first < lines; first += at_once) {

@@ -1,12 +1,18 @@
 // A cursor over the next strip's bytes, advanced from inside the micro-kernels so that decoding finds them in L2.
 // Included inside an unnamed namespace by each kernel file.
 
+// Bytes of scales that belong to a run of weights; those of the next run lie `stride` behind.
+struct ScaleRun {
+  const uint8_t* at = nullptr;
+  int64_t stride = 0, bytes = 0;
+};
+
 class Prefetch {
  public:
   Prefetch() = default;
-  // Asks for `rows` runs of `bytes` bytes, `stride` apart, spread evenly over `steps` ticks.
-  Prefetch(const uint8_t* base, int64_t stride, int64_t bytes, int64_t rows, int64_t steps)
-      : at_(base), stride_(stride), bytes_(bytes), rows_(base ? rows : 0) {
+  // Asks for `rows` runs of `bytes` bytes, `stride` apart, and their scales, spread evenly over `steps` ticks.
+  Prefetch(const uint8_t* base, int64_t stride, int64_t bytes, int64_t rows, int64_t steps, ScaleRun scales = {})
+      : at_(base), stride_(stride), bytes_(bytes), rows_(base ? rows : 0), scales_(scales) {
     const int64_t lines = rows_ * ((bytes + kLineBytes - 1) / kLineBytes);
     const int64_t rate = (kUnit * lines + steps - 1) / (steps > 0 ? steps : 1);
     rate_ = static_cast<int>(rate < kMaxRate ? rate : kMaxRate);
@@ -26,6 +32,11 @@ class Prefetch {
       rate_ = due_ = 0;
       return;
     }
+    if (done_ == 0 && scales_.bytes) {
+      for (int64_t i = 0; i < scales_.bytes; i += kLineBytes) __builtin_prefetch(scales_.at + i, 0, 2);
+      __builtin_prefetch(scales_.at + scales_.bytes - 1, 0, 2);
+      scales_.at += scales_.stride;
+    }
     __builtin_prefetch(at_ + done_, 0, 2);
     done_ += kLineBytes;
     if (done_ >= bytes_) {
@@ -37,5 +48,6 @@ class Prefetch {
 
   const uint8_t* at_ = nullptr;
   int64_t stride_ = 0, bytes_ = 0, rows_ = 0, done_ = 0;
+  ScaleRun scales_;
   int rate_ = 0, due_ = 0;
 };
