@@ -41,7 +41,7 @@ def bf16(a):
 
 def wide(bits):
     """float64 of bfloat16 bits or of float32."""
-    return bits.astype(np.float64) if bits.dtype != np.uint16 else (bits.astype(np.uint32) << 16).view(np.float32) * 1.0
+    return (bits if bits.dtype != np.uint16 else (bits.astype(np.uint32) << 16).view(np.float32)).astype(np.float64)
 
 
 @dataclass

@@ -21,28 +21,58 @@ class Contender:
     calls: dict[str, Callable[[Batch], tuple]]  # pass -> call that returns what that pass makes, y first
     decode: dict[str, float] = field(default_factory=dict)  # pass -> seconds per weight
     keep: list = field(default_factory=list)  # memory that must outlive the calls
+    lora: str = ""  # rank of adapters on every expert, and where they are
+    adapters: Callable | None = None  # expert -> three (A, B, scale) in float64
+    prepare: Callable = lambda: None  # before a call whose results are judged
+    beside: dict[str, Callable] = field(default_factory=dict)  # pass -> the call without adapters
 
 
-def kjax(shape: Shape, fmt: str, threads: int):
-    store, bytes_of_expert = make_store(shape, fmt)
+def make_adapters(shape: Shape, rank: int):
+    """[A, B] of gate, up and down for all experts, fp32 [E, R, in] and [E, out, R]; their scale; both by expert."""
+    rng, scale, factors = np.random.default_rng(2), 2.0, []
+    for inner, outer in ((shape.width, shape.hidden),) * 2 + ((shape.hidden, shape.width),):
+        factors += [
+            rng.standard_normal((shape.experts, rank, inner), np.float32) / np.float32(np.sqrt(inner)),
+            rng.standard_normal((shape.experts, outer, rank), np.float32) / np.float32(4 * np.sqrt(rank)),
+        ]
+    of_expert = lambda e: [  # noqa: E731
+        (a[e].astype(np.float64), b[e].astype(np.float64), scale)
+        for a, b in zip(factors[::2], factors[1::2], strict=True)
+    ]
+    return factors, scale, of_expert
+
+
+def _kjax_calls(store, adapters=None, gradients=None):
+    """forward and forward+backward; the latter with the adapters' gradients, returned or where the host adds them."""
 
     def forward(b):
-        return _ext.forward(store.id, 0, b.x, b.idx, b.gate, False)[:1]
+        return _ext.forward(store.id, 0, b.x, b.idx, b.gate, False, adapters)[:1]
 
     def forward_backward(b):
-        y, slip = _ext.forward(store.id, 0, b.x, b.idx, b.gate, True)
-        return y, *_ext.backward(store.id, 0, slip, b.x, b.idx, b.gate, b.dy)
+        y, slip = _ext.forward(store.id, 0, b.x, b.idx, b.gate, True, adapters)
+        dx, dgate, more = _ext.backward(store.id, 0, slip, b.x, b.idx, b.gate, b.dy, adapters)
+        return (y, dx, dgate, gradients or more) if adapters else (y, dx, dgate)
 
+    return {"forward": forward, "forward+backward": forward_backward}
+
+
+def kjax(shape: Shape, fmt: str, threads: int, rank: int):
+    store, bytes_of_expert = make_store(shape, fmt)
     along, across = (float(np.median([_ext.decode_cost(fmt, way) for _ in range(5)])) for way in (False, True))
-    yield Contender(
-        "kjax",
-        fmt,
-        bytes_of_expert,
-        lambda e: tuple(store.decode(0, e, p).astype(np.float64) for p in range(3)),
-        {"forward": forward, "forward+backward": forward_backward},
-        {"forward": along, "forward+backward": along + across},
-        [store],
-    )
+    weights = lambda e: tuple(store.decode(0, e, p).astype(np.float64) for p in range(3))  # noqa: E731
+    decode, plain = {"forward": along, "forward+backward": along + across}, _kjax_calls(store)
+    if not rank:
+        yield Contender("kjax", fmt, bytes_of_expert, weights, plain, decode, [store])
+        return
+    factors, scale, of_expert = make_adapters(shape, rank)
+    with_factors = _kjax_calls(store, (factors, [scale] * 3, 0.0, -1))
+    parts = ("kjax", fmt, bytes_of_expert, weights)
+    yield Contender(*parts, with_factors, decode, [store], f"{rank}, operands", of_expert, beside=plain)
+    host, sums = _ext.HostAdapters(1, shape.experts, shape.width, shape.hidden), [np.zeros_like(f) for f in factors]
+    host.bind([tuple(a[None] for a in (*factors[i : i + 2], *sums[i : i + 2])) for i in (0, 2, 4)])
+    on_host = _kjax_calls(store, ([], [scale] * 3, 0.0, host.id), sums)
+    clear = lambda: [a.fill(0) for a in sums]  # noqa: E731
+    yield Contender(*parts, on_host, decode, [store, host], f"{rank}, host", of_expert, clear, plain)
 
 
 def _torch_batch(b: Batch):
@@ -58,7 +88,7 @@ def _bits(tensor):
     return tensor.detach().contiguous().view(torch.int16).numpy().view(np.uint16)
 
 
-def transformers(shape: Shape, fmt: str, threads: int):
+def transformers(shape: Shape, fmt: str, threads: int, rank: int):
     """transformers' experts on CPU torch in bf16, frozen weights: the eager loop and the grouped product."""
     import torch
     from transformers import DeepseekV3Config
@@ -106,18 +136,22 @@ def transformers(shape: Shape, fmt: str, threads: int):
         yield Contender(f"transformers {implementation}", "bf16", 2 * shape.weights, weights, calls, {}, [experts])
 
 
-def kt_kernel(shape: Shape, fmt: str, threads: int):
+def kt_kernel(shape: Shape, fmt: str, threads: int, rank: int):
     """kt-kernel's inference classes and, for bf16, its fine-tuning class, as far as it has them for the format."""
     import kt_peers
 
-    yield from (Contender(*parts) for parts in kt_peers.contenders(shape, fmt, threads))
+    if rank:
+        yield kt_peers.tuning(shape, threads, rank)
+    else:
+        yield kt_peers.inference(shape, fmt, threads)
 
 
 CONTENDERS = {"kjax": kjax, "transformers": transformers, "kt-kernel": kt_kernel}
+LORA = {"kjax": list(FORMATS), "kt-kernel": ["bf16"]}
 PEER_FORMATS = {"transformers": ["bf16"], "kt-kernel": ["bf16", "fp8_block", "int8_group128", "int4_group32"]}
 
 
-def why_not(who: str, fmt: str) -> str:
+def why_not(who: str, fmt: str, rank: int) -> str:
     """Empty, or why a contender cannot be measured."""
     if folder := os.environ.get("KJAX_BENCH_PEERS"):  # where pip's --target put them
         sys.path.append(folder) if folder not in sys.path else None
@@ -125,4 +159,6 @@ def why_not(who: str, fmt: str) -> str:
     missing = [name for name in needs if not importlib.util.find_spec(name)]
     if missing:
         return f"{' and '.join(missing)} not installed"
+    if rank and fmt not in LORA.get(who, []):
+        return "has no adapters of experts"
     return "" if fmt in PEER_FORMATS.get(who, FORMATS) else f"has no {fmt}"

@@ -4,14 +4,17 @@ How close the host experts come to the machine's limit, beside peers, in one run
     python experiments/bench/experts.py                                    # kjax, both shapes, bf16
     python experiments/bench/experts.py --formats all --who kjax,transformers,kt-kernel --bar
     python experiments/bench/experts.py --shapes v2-lite --tokens 512,2048 --isa avx2
+    python experiments/bench/experts.py --who kjax,kt-kernel --lora 8 --bar    # with adapters on every expert
     python experiments/bench/experts.py --report --bar                     # the table again, nothing measured
 
 limit = max(operations / arithmetic peak, bytes of the touched experts / read bandwidth, their weights x decode cost);
 share = limit / time. Peaks are measured with the same threads right before and after every sample, the decode cost
 with the kernels' own products of zero rows; of the samples, the quietest decide. Every case is compared with float64
 on the decoded weights before it is timed: relative L2 errors, also as multiples of those that rounding the operands
-alone gives. Rows go to experts.json as they are measured, and a case that is there is not measured again (--again
-does): a long table can be made in pieces. Each contender runs in a process of its own.
+alone gives. With --lora that includes dA and dB of one expert, and each sample times the call without adapters too, so
+that what they cost does not depend on the minute. Rows go to experts.json as they are measured, and a case that is
+there is not measured again (--again does): a long table can be made in pieces. Each contender runs in a process of its
+own.
 
 kt-kernel: pip install --no-deps --target DIR kt-kernel==0.7.2, and KJAX_BENCH_PEERS=DIR.
 """
@@ -57,7 +60,7 @@ class Results:
 
 def measure_contender(who: str, shape_name: str, fmt: str, options):
     """All cases of one contender that are not measured yet; runs in a child process."""
-    reason = why_not(who, fmt)
+    reason = why_not(who, fmt, options.lora)
     if reason:
         return print(f"{who}, {fmt}: {reason}", flush=True)
     _ext.force_isa(options.isa)
@@ -66,18 +69,20 @@ def measure_contender(who: str, shape_name: str, fmt: str, options):
     results = Results(options.out / "experts.json")
     results.document |= {"machine": machine(), "threads": probe.threads}
     results.document["shapes"] = {name: asdict(s) for name, s in SHAPES.items()}
-    for contender in CONTENDERS[who](shape, fmt, probe.threads):
-        judge = Judge(contender.weights)
+    for contender in CONTENDERS[who](shape, fmt, probe.threads, options.lora):
+        judge = Judge(contender.weights, contender.adapters)
         for tokens in options.tokens:
             for passed in options.passes:
                 row = dict(
-                    zip(KEY, (contender.name, isa, shape_name, contender.format, tokens, passed, 0), strict=True)
-                )
+                    zip(KEY, (contender.name, isa, shape_name, contender.format, tokens, passed, contender.lora),
+                        strict=True)
+                )  # fmt: skip
                 if passed not in contender.calls or (results.has(row) and not options.again):
                     continue
                 if time.monotonic() > options.until:
                     return print("out of time: run again to go on", flush=True)
                 call, checked = contender.calls[passed], checked_batch(shape, tokens)
+                contender.prepare()
                 row["errors"] = judge.errors(checked, call(checked))
                 batches = timed_batches(shape, tokens)
                 touched = sum(b.touched for b in batches)
@@ -87,7 +92,9 @@ def measure_contender(who: str, shape_name: str, fmt: str, options):
                     times * touched * contender.bytes_of_expert,
                     touched * shape.weights * contender.decode.get(passed, 0),
                 )
-                figures = measure(probe, products, lambda c=call, bs=batches: [c(b) for b in bs], work, options.seconds)
+                each = lambda call, batches=batches: call and (lambda: [call(b) for b in batches])  # noqa: E731
+                beside = each(contender.beside.get(passed))
+                figures = measure(probe, products, each(call), work, options.seconds, beside)
                 for name in ("milliseconds", "flops", "bytes", "decode_seconds"):
                     figures[name] /= len(batches)
                 results.add(row | figures)
@@ -105,6 +112,7 @@ def main():
     parser.add_argument("--passes", type=names, default=list(PASSES))
     parser.add_argument("--who", type=names, default=["kjax"], help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--isa", default=None, help="kernels and arithmetic peak to use; default: what kjax chooses")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="with adapters on every expert")
     parser.add_argument("--seconds", type=float, default=4, help="time to wait for quiet samples of one case")
     parser.add_argument("--minutes", type=float, default=1e6, help="start no case after that")
     parser.add_argument("--again", action="store_true", help="measure cases that are in the file already")
@@ -131,8 +139,8 @@ def main():
     order = {name: i for i, name in enumerate([*SHAPES, *FORMATS, *PASSES])}
     rows = sorted(
         results.rows,
-        key=lambda r: (r["who"] != "kjax", r["isa"], order[r["shape"]], order[r["format"]], r["who"], r["tokens"],
-                       order[r["pass"]]),
+        key=lambda r: (r["lora"] != "", r["who"] != "kjax", r["isa"], order[r["shape"]], order[r["format"]], r["who"],
+                       r["lora"], r["tokens"], order[r["pass"]]),
     )  # fmt: skip
     (options.out / "experts.md").write_text(table(rows, options.bar))
     roofline(rows, options.out / "experts.png")

@@ -4,11 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from contenders import _bits, _torch_batch
+from contenders import Contender, _bits, _torch_batch, make_adapters
 from kt_kernel import kt_kernel_ext as kt
 
 MAX_TOKENS = 2048
-RANK = 8
 FORWARD = {
     "bf16": "AMXBF16_MOE",
     "fp8_block": "AMXFP8_MOE",
@@ -92,29 +91,21 @@ def _forward_class(shape, fmt, threads, gate, up, down):
     return {"forward": forward}, [moe, *keep]
 
 
-def _tuning_class(shape, threads, gate, up, down):
-    """Expert LoRA is always on in this class. B is zero, so that results can be judged without it; A trains."""
+def _tuning_class(shape, threads, rank, scale, factors, gate, up, down):
+    """Adapters are always on in this class. factors: A and B of gate, up and down in bf16."""
     workers = kt.WorkerPoolConfig()
     workers.subpool_count, workers.subpool_numa_map, workers.subpool_thread_count = 1, [0], [threads]
     pool = kt.CPUInfer(workers)
     config = kt.moe.MOESFTConfig(shape.experts, shape.per_token, shape.width, shape.hidden)
     settings = SimpleNamespace(
-        max_len=MAX_TOKENS, max_cache_depth=1, layer_idx=0, lora_rank=RANK, lora_alpha=2.0 * RANK,
+        max_len=MAX_TOKENS, max_cache_depth=1, layer_idx=0, lora_rank=rank, lora_alpha=scale * rank,
         full_weight_grad=False, authoritative_optimizer_grads=True, share_backward_bb=False, share_cache_pool=False,
     )  # fmt: skip
     order = torch.arange(shape.experts, dtype=torch.int64)
-    sides = {
-        "gate": (shape.width, shape.hidden),
-        "up": (shape.width, shape.hidden),
-        "down": (shape.hidden, shape.width),
-    }
-    lora, grads = {}, {}
-    for name, (inner, outer) in sides.items():
-        lora[f"{name}_lora_a"] = _bank(shape.experts, RANK, inner)
-        lora[f"{name}_lora_b"] = torch.zeros(shape.experts, outer, RANK, dtype=torch.bfloat16)
-    for name, weights in lora.items():
-        grads[name] = torch.zeros_like(weights)
-        setattr(settings, name, weights.data_ptr())
+    names = [f"{name}_lora_{factor}" for name in ("gate", "up", "down") for factor in "ab"]
+    grads = [torch.zeros_like(factor) for factor in factors]
+    for name, factor in zip(names, factors, strict=True):
+        setattr(settings, name, factor.data_ptr())
     for name, weights in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
         setattr(settings, name, weights.data_ptr())
     settings.physical_to_logical_map, settings.pool = order.data_ptr(), pool.backend_
@@ -134,33 +125,36 @@ def _tuning_class(shape, threads, gate, up, down):
         (y,) = forward(b, True)
         _, dy, _, gates = _torch_batch(b)
         dx, dgate = torch.empty_like(dy), torch.empty_like(gates)
-        pointers = [grads[name].data_ptr() for name in lora]
+        pointers = [grad.data_ptr() for grad in grads]
         moe.backward(dy.data_ptr(), dx.data_ptr(), *pointers, dgate.data_ptr(), 0, 0, 0, False, 1.0)
-        return y, _bits(dx), dgate.numpy()
+        return y, _bits(dx), dgate.numpy(), [_bits(grad) for grad in grads]
 
-    return {"forward": forward, "forward+backward": forward_backward}, [
-        moe,
-        pool,
-        config,
-        order,
-        lora,
-        grads,
-        gate,
-        up,
-        down,
-    ]
+    calls = {"forward": forward, "forward+backward": forward_backward}
+    return calls, [moe, pool, config, order, factors, grads, gate, up, down]
 
 
-def contenders(shape, fmt, threads):
-    """Arguments of a Contender each."""
+def _weights(shape, threads):
+    """gate, up, down, and the same by expert in float64."""
     torch.set_num_threads(threads)
     gate, up = (_bank(shape.experts, shape.hidden, shape.width) for _ in range(2))
     down = _bank(shape.experts, shape.width, shape.hidden)
-    weights = lambda e: tuple(w[e].double().numpy() for w in (gate, up, down))  # noqa: E731
-    size = STORED_BYTES[fmt] * shape.weights
-    calls, keep = _forward_class(shape, fmt, threads, gate, up, down)
-    yield f"kt-kernel {FORWARD[fmt]}", fmt, size, weights, calls, {}, keep
-    if fmt == "bf16":
-        del calls, keep
-        calls, keep = _tuning_class(shape, threads, gate, up, down)
-        yield f"kt-kernel AMXBF16_SFT_MOE, LoRA {RANK}", fmt, size, weights, calls, {}, keep
+    return (gate, up, down), lambda e: tuple(w[e].double().numpy() for w in (gate, up, down))
+
+
+def inference(shape, fmt, threads):
+    projections, weights = _weights(shape, threads)
+    calls, keep = _forward_class(shape, fmt, threads, *projections)
+    return Contender(f"kt-kernel {FORWARD[fmt]}", fmt, STORED_BYTES[fmt] * shape.weights, weights, calls, {}, keep)
+
+
+def tuning(shape, threads, rank):
+    projections, weights = _weights(shape, threads)
+    made, scale, _ = make_adapters(shape, rank)
+    factors = [torch.from_numpy(factor).bfloat16() for factor in made]
+    calls, keep = _tuning_class(shape, threads, rank, scale, factors, *projections)
+    of_expert = lambda e: [  # noqa: E731
+        (a[e].double().numpy(), b[e].double().numpy(), scale)
+        for a, b in zip(factors[::2], factors[1::2], strict=True)
+    ]
+    size = STORED_BYTES["bf16"] * shape.weights
+    return Contender("kt-kernel AMXBF16_SFT_MOE", "bf16", size, weights, calls, {}, keep, f"{rank}", of_expert)

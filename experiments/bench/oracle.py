@@ -7,50 +7,99 @@ import numpy as np
 from cases import CHECKED, Batch, bf16, wide
 
 WRONG = 0.05  # a relative L2 error no rounding explains, W8A8 kernels included
+ROUNDING = 2**-9 / 3**0.5  # of one rounding to bf16: what results that meet none are allowed all the same
+NAMES = ("gate", "up", "down")
 
 
 def _round(a):
     return wide(bf16(a))
 
 
-def experts(weights, b: Batch, n: int, round=lambda a: a):
-    """(y, dx, dgate) of the first n tokens, which share their experts; `round` where operands are rounded."""
-    x, dy = wide(b.x[:n]), wide(b.dy[:n])
-    y, dx, dgate = np.zeros_like(x), np.zeros_like(x), np.zeros((n, b.idx.shape[1]))
-    for k, e in enumerate(b.idx[0]):
-        gate_w, up_w, down_w = weights(int(e))
-        scale = b.gate[:n, k : k + 1].astype(np.float64)
-        g, u, a = x @ gate_w.T, x @ up_w.T, dy @ down_w
-        h = round(g / (1 + np.exp(-g)) * u)
-        y += scale * (h @ down_w.T)
-        g, u = round(g), round(u)
-        s = 1 / (1 + np.exp(-g))
-        dgate[:, k] = (a * g * s * u).sum(1)
-        dx += round(scale * a * u * (s + g * s * (1 - s))) @ gate_w + round(scale * a * g * s) @ up_w
-    return round(y), round(dx), dgate
+def one_expert(weights, adapters, x, dy, scale, round=lambda a: a):
+    """y, dx, dgate and [dA, dB] of each adapter for rows x of one expert, `round` where operands are rounded.
+
+    weights: (gate, up, down).  adapters: three (A [R, in], B [out, R], scale), or none.  scale: gates [rows, 1].
+    """
+    low = [None] * 3  # T = scale * x A^T of each adapter
+
+    def times(p, x):
+        out = x @ weights[p].T
+        if adapters:
+            a, b, s = adapters[p]
+            low[p] = s * (x @ a.T)
+            out += low[p] @ b.T
+        return out
+
+    def transposed(p, dy, x, by=1):
+        """dx, and dA and dB, those `by` times."""
+        dx = dy @ weights[p]
+        if not adapters:
+            return dx, []
+        a, b, s = adapters[p]
+        back = s * (dy @ b)
+        return dx + back @ a, [(by * back).T @ x, (by * dy).T @ low[p]]
+
+    g, u = times(0, x), times(1, x)
+    h = round(g / (1 + np.exp(-g)) * u)
+    y = scale * times(2, h)
+    g, u = round(g), round(u)
+    s = 1 / (1 + np.exp(-g))
+    a, of_down = transposed(2, dy, g * s * u, scale)  # h again, from what a forward pass keeps
+    dgate = (a * g * s * u).sum(1)
+    (dx, of_gate), (more, of_up) = (
+        transposed(p, round(scale * d), x) for p, d in ((0, a * u * (s + g * s * (1 - s))), (1, a * g * s))
+    )
+    return y, dx + more, dgate, [*of_gate, *of_up, *of_down]
 
 
 class Judge:
     """Relative L2 errors of a contender's results, and how many times those of rounding operands alone they are."""
 
-    def __init__(self, weights):
-        self._weights = weights
+    def __init__(self, weights, adapters=None):
+        self._weights, self._adapters = weights, adapters
+
+    def _expert(self, e: int, x, dy, gate, rounded: bool):
+        adapters = self._adapters(e) if self._adapters else None
+        more = [_round] if rounded else []
+        return one_expert(self._weights(e), adapters, wide(x), wide(dy), gate[:, None].astype(np.float64), *more)
 
     @cache  # noqa: B019  the first tokens of every batch are the same: two answers in all
     def _answers(self, n, rounded):
-        return experts(self._weights, self._batch, n, *([_round] if rounded else []))
+        b = self._batch
+        y, dx, dgate = 0, 0, np.zeros((n, b.idx.shape[1]))
+        for k, e in enumerate(b.idx[0]):
+            one = self._expert(int(e), b.x[:n], b.dy[:n], b.gate[:n, k], rounded)
+            y, dx, dgate[:, k] = y + one[0], dx + one[1], one[2]
+        return (_round(y), _round(dx), dgate) if rounded else (y, dx, dgate)
+
+    @cache  # noqa: B019  two answers for each number of tokens
+    def _gradients(self, tokens, rounded):
+        """dA and dB of the first token's first expert, from all its rows."""
+        b, e = self._batch, int(self._batch.idx[0, 0])
+        rows, places = np.nonzero(b.idx == e)
+        return self._expert(e, b.x[rows], b.dy[rows], b.gate[rows, places], rounded)[3]
 
     def errors(self, batch: Batch, got) -> dict:
-        """`got` is (y,) or (y, dx, dgate) of the whole batch; exits when they are wrong."""
+        """`got` is (y,) or (y, dx, dgate[, gradients of the adapters, all experts']) of the whole batch; exits when
+        they are wrong."""
         n, self._batch = min(CHECKED, len(batch.x)), batch
+        judged = [
+            (name, wide(np.asarray(a)[:n]), exact, rounded)
+            for name, a, exact, rounded in zip(
+                ("y", "dx", "dgate"), got, self._answers(n, False), self._answers(n, True), strict=False
+            )
+        ]
+        if len(got) > 3:
+            names = [f"{factor} of {name}" for name in NAMES for factor in ("dA", "dB")]
+            mine = [wide(np.asarray(a)[batch.idx[0, 0]]) for a in got[3]]
+            answers = (self._gradients(len(batch.x), rounded) for rounded in (False, True))
+            judged += zip(names, mine, *answers, strict=True)
         out = {}
-        for name, a, exact, rounded in zip(
-            ("y", "dx", "dgate"), got, self._answers(n, False), self._answers(n, True), strict=False
-        ):
+        for name, a, exact, rounded in judged:
             size = np.linalg.norm(exact)
-            error = float(np.linalg.norm(wide(np.asarray(a)[:n]) - exact) / size)
+            error = float(np.linalg.norm(a - exact) / size)
             if not error < WRONG:
                 sys.exit(f"wrong result: relative error {error:.3g} of {name}")
             out[name] = error
-            out[f"{name} / rounding"] = error / float(np.linalg.norm(rounded - exact) / size)
+            out[f"{name} / rounding"] = error / max(float(np.linalg.norm(rounded - exact) / size), ROUNDING)
         return out

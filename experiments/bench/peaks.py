@@ -57,6 +57,7 @@ class Sample:
     arithmetic: float  # FLOP/s, the better of before and after
     bandwidth: float  # bytes/s, likewise
     noise: float  # share of the machine others took, plus how much the peaks moved
+    beside: float = 0.0  # seconds of the other call, if there is one
 
 
 @dataclass
@@ -79,30 +80,36 @@ def _busy() -> float:
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
-def samples(probe: Probe, isa: str, call, seconds: float, at_least: float = 0.1):
+def samples(probe: Probe, isa: str, call, seconds: float, beside=None, at_least: float = 0.1):
     """Times `call`, repeated to `at_least` seconds, between probes of both peaks, until five samples were quiet or
-    `seconds` are over; three samples at least."""
+    `seconds` are over; three samples at least. With `beside` each repetition times that call too."""
     call()
     begin = time.perf_counter()
     call()
     repeats = max(1, round(at_least / (time.perf_counter() - begin)))
     out, before = [], (probe.arithmetic(isa), probe.bandwidth())
     while len(out) < 3 or (sum(s.noise < QUIET for s in out) < 5 and time.perf_counter() - begin < seconds):
-        busy, own, start = _busy(), sum(os.times()[:2]), time.perf_counter()
+        busy, own, start, other = _busy(), sum(os.times()[:2]), time.perf_counter(), 0.0
         for _ in range(repeats):
             call()
+            if beside:
+                began = time.perf_counter()
+                beside()
+                other += time.perf_counter() - began
         elapsed = time.perf_counter() - start
         others = max(0.0, _busy() - busy - (sum(os.times()[:2]) - own)) / elapsed / (os.cpu_count() or 1)
         after = probe.arithmetic(isa), probe.bandwidth()
         moved = max(abs(a - b) / max(a, b) for a, b in zip(before, after, strict=True))
-        out.append(Sample(elapsed / repeats, *map(max, before, after), others + 0.5 * moved))
+        mine = (elapsed - other) / repeats
+        out.append(Sample(mine, *map(max, before, after), others + 0.5 * moved, other / repeats))
         before = after
     return out
 
 
-def measure(probe: Probe, isa: str, call, work: Work, seconds: float) -> dict:
-    """Figures of one case: medians of the quiet samples, of the quietest three if there are fewer."""
-    taken = sorted(samples(probe, isa, call, seconds), key=lambda s: s.noise)
+def measure(probe: Probe, isa: str, call, work: Work, seconds: float, beside=None) -> dict:
+    """Figures of one case: medians of the quiet samples, of the quietest three if there are fewer; with `beside`, also
+    what share `call` takes longer than that."""
+    taken = sorted(samples(probe, isa, call, seconds, beside), key=lambda s: s.noise)
     kept = taken[: max(3, sum(s.noise < QUIET for s in taken))]
     middle = lambda f: statistics.median(f(s) for s in kept)  # noqa: E731
     limits = [work.limit(s.arithmetic, s.bandwidth) for s in kept]
@@ -118,7 +125,7 @@ def measure(probe: Probe, isa: str, call, work: Work, seconds: float) -> dict:
         "bandwidth_gbs": middle(lambda s: s.bandwidth) * 1e-9,
         "quiet": sum(s.noise < QUIET for s in taken),
         "samples": len(taken),
-    }
+    } | ({"cost": middle(lambda s: s.seconds / s.beside) - 1} if beside else {})
 
 
 def machine() -> dict:

@@ -10,6 +10,7 @@ _BF16 = {"v2-lite": [(0.88, 0.78), (0.72, 0.68), (0.82, 0.78), (0.86, 0.84)],
          "v3": [(0.90, 0.82), (0.77, 0.73), (0.87, 0.84), (0.88, 0.87)]}  # fmt: skip
 _AVX2 = {512: 0.75, 2048: 0.78}
 _ONE = 0.75
+_LORA = (0.15, 0.20)  # what adapters may cost from 128 tokens on
 # times faster than the fastest peer in bf16, and than kt-kernel in a quantised format (forward)
 _PEERS = {16: (1.8, 2.0), 128: (2.0, 2.2), 512: (1.4, 1.6), 2048: (1.3, 1.4)}
 _KT = {"fp8_block": {128: 2.5, 512: 3.5, 2048: 3.8}, "int8_group128": {128: 1.8, 512: 2.1, 2048: 2.1},
@@ -34,11 +35,14 @@ def share_wanted(row: dict) -> float | None:
 def against_peers(row: dict, rows: list[dict]) -> tuple[float, str, float | None] | None:
     """(times faster, than whom, times wanted) against the fastest peer of the same case."""
     same = ("shape", "format", "tokens", "pass")
-    peers = [r for r in rows if r["who"] != "kjax" and all(r[k] == row[k] for k in same)]
-    if row["who"] != "kjax" or row.get("lora") or row["isa"] not in ("avx512bf16", "amx") or not peers:
+    peers = [r for r in rows if r["who"] != "kjax" and all(r[k] == row[k] for k in same)
+             and bool(r["lora"]) == bool(row["lora"])]  # fmt: skip
+    if row["who"] != "kjax" or row["isa"] not in ("avx512bf16", "amx") or not peers:
         return None
     fastest = min(peers, key=lambda r: r["milliseconds"])
     which = PASSES.index(row["pass"])
+    if row["lora"]:
+        return fastest["milliseconds"] / row["milliseconds"], fastest["who"], None
     wanted = _PEERS.get(row["tokens"], (None, None))[which] if row["format"] == "bf16" else None
     if row["format"] in _KT and which == 0:
         wanted = _KT[row["format"]].get(row["tokens"])
@@ -51,21 +55,33 @@ def _beside(value: float, wanted: float | None, form: str) -> str:
     return f"{value:{form}} ({'' if value >= wanted else 'below '}{wanted:{form}})"
 
 
+def _cost(row: dict, bar: bool) -> str:
+    if "cost" not in row:
+        return ""
+    most = _LORA[PASSES.index(row["pass"])]
+    held = f" ({'above ' if row['cost'] > most else ''}{most:.0%})" if bar and row["tokens"] >= 128 else ""
+    return f"{row['cost']:.1%}{held}"
+
+
 def table(rows: list[dict], bar: bool) -> str:
     """Markdown; with `bar`, what each figure is held to stands in brackets beside it."""
     head = ["who", "ISA", "shape", "format", "tokens", "pass", "ms", "share of limit", "bound", "GFLOP/s", "of peak",
-            "against the fastest peer", "error / rounding (y, dx, dgate)", "quiet"]  # fmt: skip
+            "adapters cost", "against the fastest peer", "error / rounding (y, dx, dgate; worst of dA and dB)",
+            "quiet"]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     for row in rows:
         mine = row["who"] == "kjax"
         peer = against_peers(row, rows)
         rounding = [row["errors"].get(f"{name} / rounding") for name in ("y", "dx", "dgate") if row["format"] != "fp32"]
+        of_adapters = [v for k, v in row["errors"].items() if k.endswith("/ rounding") and k.startswith(("dA", "dB"))]
+        if of_adapters and row["format"] != "fp32":
+            rounding.append(max(of_adapters))
         lines.append([
-            row["who"] + (f", LoRA {row['lora']}" if row.get("lora") else ""), row["isa"] if mine else "", row["shape"],
+            row["who"] + (f", LoRA {row['lora']}" if row["lora"] else ""), row["isa"] if mine else "", row["shape"],
             row["format"], str(row["tokens"]), row["pass"], f"{row['milliseconds']:.2f}",
-            _beside(row["share"], share_wanted(row) if bar and mine and not row.get("lora") else None, ".2f"),
+            _beside(row["share"], share_wanted(row) if bar and mine and not row["lora"] else None, ".2f"),
             row["bound"], f"{row['gflops']:.0f}", f"{row['gflops'] / row['peak_gflops']:.2f}",
-            f"{_beside(peer[0], peer[2] if bar else None, '.1f')} {peer[1]}" if peer else "",
+            _cost(row, bar), f"{_beside(peer[0], peer[2] if bar else None, '.1f')} {peer[1]}" if peer else "",
             ", ".join(f"{r:.2f}" for r in rounding if r is not None), f"{row['quiet']}/{row['samples']}",
         ])  # fmt: skip
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -78,7 +94,7 @@ def roofline(rows: list[dict], path: Path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [r for r in rows if r["pass"] == "forward" and not r.get("lora") and r["isa"] not in ("avx2", "scalar")]
+    rows = [r for r in rows if r["pass"] == "forward" and not r["lora"] and r["isa"] not in ("avx2", "scalar")]
     shapes = list(dict.fromkeys(r["shape"] for r in rows))
     if not shapes:
         return
