@@ -43,9 +43,23 @@ def _summed(unembed: Callable, head, hidden, targets):
 
 def _chunk(unembed: Callable, head, rows, targets):
     logits = unembed(head, rows)
+    return _sum(jax.nn.logsumexp(logits, axis=-1), logits, targets)
+
+
+def _sum(normaliser, logits, targets):
     chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
-    losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.sum(jnp.where(targets >= 0, losses, 0.0))
+    return jnp.sum(jnp.where(targets >= 0, normaliser - chosen, 0.0))
+
+
+def _gradient(logits, targets):
+    """The sum for logits [n,V] and its gradient to them, softmax - one_hot, which can lie where the exponentials are:
+    two arrays of that size. JAX's own gradient scatters into a third."""
+    top = jnp.max(logits, axis=-1)
+    e = jnp.exp(logits - top[:, None])
+    total = jnp.sum(e, axis=-1)
+    chosen = jnp.arange(logits.shape[-1]) == targets[:, None]
+    gradient = jnp.where((targets >= 0)[:, None], e / total[:, None] - chosen, 0.0)
+    return _sum(top + jnp.log(total), logits, targets), gradient
 
 
 def _forward(unembed: Callable, head, hidden, targets):
@@ -53,15 +67,18 @@ def _forward(unembed: Callable, head, hidden, targets):
     trained = any(leaf.perturbed for leaf in jax.tree.leaves(head))
     head, hidden, targets = jax.tree.map(lambda leaf: leaf.value, (head, hidden, targets))
 
-    def loss(head, rows, row_targets):
-        return _chunk(unembed, head, rows, row_targets)
-
-    gradient = jax.value_and_grad(loss, argnums=(0, 1) if trained else (1,))
+    def gradient(rows, row_targets):
+        if trained:
+            logits, pullback = jax.vjp(unembed, head, rows)
+        else:
+            logits, pullback = jax.vjp(lambda rows: unembed(head, rows), rows)
+        total, cotangent = _gradient(logits, row_targets)
+        return total, pullback(cotangent)
 
     def body(carry, inputs):
         rows, row_targets = inputs
         nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, (head, rows) if trained else (rows,))
-        part, (*of_head, of_rows) = jax.lax.cond(row_targets[0] >= 0, lambda: gradient(head, rows, row_targets),
+        part, (*of_head, of_rows) = jax.lax.cond(row_targets[0] >= 0, lambda: gradient(rows, row_targets),
                                                  lambda: nothing)
         return jax.tree.map(jnp.add, carry, (part, of_head)), of_rows
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from kjax import lora, models, optimizer, step
+from kjax import hosted, lora, models, optimizer, step
 from kjax.config import Config
+from kjax.offload import host_lora
 from kjax.planning import advice, memory, sizes, speed
 from kjax.planning.formats import formats
 from kjax.planning.machine import Machine, machine
@@ -30,12 +31,18 @@ class _Store(NamedTuple):
     """Stands for the expert store while the step is traced: no weights, never called."""
 
     width: int
-    transport: str = "pure_callback"
+    transport: str
+    id: int = -1
+
+
+class _HostLora(NamedTuple):
+    """Stands for the adapters on the host while the step is traced."""
+
     id: int = -1
 
 
 class Traced(NamedTuple):
-    """The step as traced: bytes on the device, and operations there."""
+    """The step as traced: bytes on the device, operations there, and bytes written and read."""
 
     weights: int
     state: int
@@ -43,33 +50,49 @@ class Traced(NamedTuple):
     saved: int
     working: int
     operations: float
+    traffic: float
 
     @property
     def total(self) -> int:
         return self.weights + self.state + self.batch + self.saved + self.working
 
 
-def abstract_step(config: Config, model: models.ModelConfig, transport: str = "pure_callback"):
-    """(step, its arguments): the train step of a run and the shapes it is called with; the state comes first.
+def hosts_adapters(config: Config, model: models.ModelConfig, on_cpu: bool) -> bool:
+    """Whether the adapters of routed experts, if there are any, live on the host."""
+    adapted = any(lora.group(path) == "experts" for path in lora.resolve(config.lora, models.linears(model)).paths)
+    stored = config.model.experts == "host" and model.num_moe_layers > 0
+    return host_lora.on_host(config.lora.experts_home, adapted, stored, accelerator=not on_cpu)
 
-    Adapters of routed experts that live on the host are left out: they are no part of what the device runs.
+
+def abstract_step(config: Config, model: models.ModelConfig, on_cpu: bool):
+    """(step, its arguments): the device's train step of a run and the shapes it is called with; the state comes first.
+
+    on_cpu: JAX runs there; else on an accelerator.
     """
     settings, dtype = config.train, jnp.dtype(config.model.dtype)
     linears = models.linears(model)
     spec = lora.resolve(config.lora, linears)
-    if config.model.experts == "host":
-        spec = lora.LoraSpec(tuple((path, adapter) for path, adapter in spec.entries if lora.group(path) != "experts"))
-    store = _Store(model.hidden_size, transport) if config.model.experts == "host" and model.num_moe_layers else None
-    module = models.Transformer(model, lora=spec, dtype=dtype, store=store, micro_rows=settings.micro_rows)
-    transform = optimizer.optimizer(config.optimizer, LONG_RUN)
+    hosted_adapters = hosts_adapters(config, model, on_cpu)
+    store = _Store(model.hidden_size, "ffi" if on_cpu else "pure_callback") \
+        if config.model.experts == "host" and model.num_moe_layers else None
+    module = models.Transformer(model, lora=spec, dtype=dtype, store=store, micro_rows=settings.micro_rows,
+                                host_lora=_HostLora() if hosted_adapters else None)
+    transform = optimizer.optimizer(config.optimizer, LONG_RUN, clipping=not hosted_adapters)
+    tree = lora.abstract(spec, linears)
+    if hosted_adapters:
+        tree, _ = host_lora.split(tree)
     params = models.abstract_params(model, dtype, config.model.experts, config.model.weights)
-    state = jax.eval_shape(lambda tree: step.initial_state(tree, transform), lora.abstract(spec, linears))
+    state = jax.eval_shape(lambda tree: step.initial_state(tree, transform), tree)
     shape = (settings.rows_per_step, config.data.max_length)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets", "positions", "segments")}
     if "embed_tokens" not in params:  # the table stays on the host, its rows are the batch
         batch["tokens"] = jax.ShapeDtypeStruct((*shape, model.hidden_size), dtype)
-    run = step.train_step(module, models.unembed, transform, chunk=settings.loss_chunk, seed=settings.seed,
-                          dropout=config.lora.dropout > 0)
+    common = {"chunk": settings.loss_chunk, "seed": settings.seed, "dropout": config.lora.dropout > 0}
+    if hosted_adapters:
+        run = hosted.device_step(step.gradients(module, models.unembed, **common), transform,
+                                 config.optimizer.clip_norm, model.num_moe_layers)
+    else:
+        run = step.train_step(module, models.unembed, transform, **common)
     return run, (state, params, batch)
 
 
@@ -78,11 +101,11 @@ def traced(config: Config, model: models.ModelConfig, on_cpu: bool) -> Traced:
 
     on_cpu: JAX runs there, whose compiler drops the barriers that keep a checkpoint's recomputation apart.
     """
-    run, (state, params, batch) = abstract_step(config, model)
+    run, (state, params, batch) = abstract_step(config, model, on_cpu)
     jaxpr = jax.make_jaxpr(run)(state, params, batch)
     usage = memory.usage(jaxpr, donated=[True] * len(jax.tree.leaves(state)), merge=on_cpu)
     return Traced(_bytes(params), _bytes(state), _bytes(batch), usage.saved, usage.temporaries - usage.saved,
-                  memory.operations(jaxpr))
+                  memory.operations(jaxpr), max(usage.traffic, 3.0 * _bytes(params)))
 
 
 def _bytes(tree) -> int:
@@ -104,21 +127,22 @@ def plan(config: Config, on: Machine) -> Plan:
     def needs(changed: Config, machine: Machine):
         # The settings that change what is traced.
         key = repr((changed.train, changed.data.max_length, changed.model.dtype, changed.model.experts,
-                    changed.model.weights, machine.device is None))
+                    changed.model.weights, changed.lora.experts_home, machine.device is None))
         if key not in traces:
             traces[key] = traced(changed, model, machine.device is None)
         found = traces[key]
         spec = lora.resolve(changed.lora, models.linears(model))
         table = lora.table(spec, models.linears(model), int(counts[-2].amount))
         trained = {row.group: row.parameters for row in table.rows[:-1]}
-        of_run = sizes.Sizes(changed, model, shapes, experts, others, trained)
+        hosted_adapters = hosts_adapters(changed, model, machine.device is None)
+        of_run = sizes.Sizes(changed, model, shapes, experts, others, trained, hosted_adapters)
         host, cache = of_run.host(machine, 0 if machine.device is not None else found.total)
         return of_run, host, cache, _device(found, machine), found, table
 
     of_run, host, cache, device, found, table = needs(config, on)
     stash = of_run.stash(on, found.total if on.device is None else 0)
     cached = max(0.0, on.host - total(host)) if cache else of_run.experts
-    time = speed.step(of_run, on, found.operations, found.weights, stash, cached)
+    time = speed.step(of_run, on, found.operations, found.traffic, stash, cached)
     return Plan(
         f"{path} ({model.model_type}), {config.train.rows_per_step} rows of {config.data.max_length} tokens", on,
         counts, table, tuple(host), tuple(cache), tuple(device), tuple(of_run.disk()),
@@ -131,7 +155,7 @@ def _smaller_stashes(of_run: sizes.Sizes, on: Machine, stash: int, cached: float
     rows = []
     for name, part in (("half", 0.5), ("none", 0.0)) if stash else ():
         again = of_run.route_operations * 2 / 3 * (of_run.missed(stash * part) - of_run.missed(stash))
-        note = f"{again:.3g} operations more per step"
+        note = f"{again / 1e12:,.4g} T operations more in a step"
         times = [{row.name: row.amount for row in speed.step(of_run, on, 0, 0, size, cached)}.get("experts, again", 0)
                  for size in (stash, stash * part)]
         if on.timed:

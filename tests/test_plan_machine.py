@@ -12,6 +12,10 @@ from kjax.errors import ConfigError
 from kjax.planning import machine as machines
 from kjax.planning import probe
 
+MODEL = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8,
+         "q_lora_rank": 192, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
+         "moe_intermediate_size": 512, "n_routed_experts": 16, "num_experts_per_tok": 4}
+
 
 def test_memory_of_this_machine_and_of_others(monkeypatch):
     monkeypatch.delenv(plan.FRACTION, raising=False)
@@ -56,7 +60,9 @@ def test_time_by_hand(shared_data):
     made = plan.plan(settings(shared_data / "configs" / "deepseek_r1.json"), on)
     seconds, work = ({row.name: row.amount for row in rows} for rows in (made.time, made.work))
     assert seconds["experts, forward"] == work["host operations"] / 2 / 1e13  # 256 tokens per expert: arithmetic
-    assert seconds["device"] == work["device operations"] / 1e14
+    assert seconds["device, products"] == work["device operations"] / 1e14
+    # Each of 61 layers makes at least scores, exponentials and gradients of them in fp32, for 16 rows.
+    assert 61 * 3 * 16 * 128 * 512 * 512 * 4 < seconds["device, memory"] * 1e12 < 1e13
     assert seconds["transfers"] == 5 * 8192 * 7168 * 2 * 58 / 1e10
     slow = plan.plan(settings(shared_data / "configs" / "deepseek_r1.json"),
                      dataclasses.replace(on, host_bandwidth=1e9))
@@ -72,16 +78,15 @@ def test_the_probe_measures(monkeypatch):
     assert plan.Machine(int(1e9), None, **speeds).timed or jax.default_backend() != "cpu"
 
 
-def test_the_predicted_time_of_a_real_step_is_of_the_right_order(tmp_path):
-    """A step of a toy, on a machine that other work shares: small products stay far below any peak, so all that can be
-    asked is that it takes no less than a third of the prediction and no more than 200 times it.
-
-    docs/plans.md has the ratios of larger steps on a quiet machine.
-    """
+def test_the_predicted_time_of_a_real_step(tmp_path):
+    """On a quiet machine a step takes 1.0 to 1.5 of the prediction (docs/plans.md): XLA's products of single heads and
+    its exponentials stay below the peaks. Other work may slow the step or the measurement of the peaks."""
     from kjax.train import train
-    settings = tiny.settings(tmp_path, train__steps=3, train__rows_per_step=16)
+    tiny.model(tmp_path / "model", "bfloat16", **MODEL)
+    tiny.rows(tmp_path / "rows.jsonl", 300)
+    settings = tiny.settings(tmp_path, train__steps=3, train__rows_per_step=4, data__max_length=256)
     train(settings)
     log = [json.loads(line) for line in (tmp_path / "run" / "trainer_log.jsonl").read_text().splitlines()]
     measured = min(entry["step_seconds"] for entry in log if "step_seconds" in entry)
     predicted = sum(row.amount for row in plan.plan(settings, plan.machine("here")).time)
-    assert predicted / 3 < measured < 200 * predicted
+    assert 0.5 * predicted < measured < 5 * predicted

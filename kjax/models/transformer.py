@@ -4,13 +4,14 @@ The parameter tree has the checkpoint's own names, with the layers of a stack al
 `moe_layers/self_attn/q_b_proj/weight` [L,O,I]. One body per stack is compiled, whatever the depth.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kjax.errors import ConfigError
 from kjax.lora import LoraSpec, Size
@@ -199,15 +200,20 @@ def abstract_params(config: ModelConfig, dtype, experts: str = "host", weights: 
     weights: "full" gives the tree of whole weights, any other setting (kjax.weights.lowbit) what of it is on the
     device: low-bit linear layers, and no embedding unless the output head is tied to it.
     """
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    model = Transformer(config, dtype=jnp.dtype(dtype))
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens, tokens)["params"]
+    params = unflatten_dict(_declared(config, jnp.dtype(dtype)))
     if experts == "host" and "moe_layers" in params:
         del params["moe_layers"]["mlp"]["experts"]
     params = lowbit.held(params, weights, config.quantization)
     if lowbit.hosts_table(config, weights):
         del params["embed_tokens"]
     return params
+
+
+@functools.lru_cache(maxsize=8)  # the modules are traced, which takes a second, and everything that loads or plans asks
+def _declared(config: ModelConfig, dtype) -> dict:
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    model = Transformer(config, dtype=dtype)
+    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), tokens, tokens, tokens)["params"])
 
 
 def linears(config: ModelConfig) -> dict[str, Size]:

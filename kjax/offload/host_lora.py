@@ -17,15 +17,18 @@ from kjax.offload.lora import PROJECTIONS
 from kjax.offload.store import ExpertStore
 
 
-def on_host(home: str, lora_experts: bool, stored: bool) -> bool:
+def on_host(home: str, lora_experts: bool, stored: bool, accelerator: bool | None = None) -> bool:
     """Whether the routed experts' adapters stay on the host, by Lora.experts_home.
 
     lora_experts: there are any.  stored: a store holds the experts. "auto": where an accelerator runs the model.
+    accelerator: whether one does; None: as in this process.
     """
+    if accelerator is None:
+        accelerator = jax.default_backend() != "cpu"
     if home == "host" and lora_experts and not stored:
         raise ConfigError("Lora.experts_home = 'host' needs Model.experts = 'host': experts on the device have their "
                           "adapters there")
-    return lora_experts and stored and (home == "host" or home == "auto" and jax.default_backend() != "cpu")
+    return lora_experts and stored and (home == "host" or home == "auto" and accelerator)
 
 
 EXPERTS = ("moe_layers", "mlp", "experts")  # where these adapters lie in the lora tree

@@ -1,9 +1,11 @@
 """What does not fit, and the knob that makes it fit: found by planning the changed run again, so it is true."""
 
+import bisect
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from kjax.config import Config
+from kjax.errors import ConfigError
 from kjax.lora import size
 from kjax.planning.machine import Machine
 from kjax.planning.report import Row, total
@@ -14,17 +16,45 @@ MOST = 0.95  # of a GPU that JAX can be told to take
 
 # (config, machine) -> what it needs: sizes, rows of main memory, of page cache, of the device.
 Replan = Callable[[Config, Machine], tuple[Sizes, list[Row], list[Row], list[Row]]]
+Change = dict[tuple[str, str], object]  # (group, setting) -> value, as ("train", "micro_rows") -> 1
 
 
 def problems(config: Config, on: Machine, replan: Replan) -> list[str]:
     """One text for each memory that is too small, with the first change after which the whole plan fits."""
-    lacks = _lacks(replan(config, on), on)
+    needs = replan(config, on)
+    lacks = _lacks(needs, on)
     if not lacks:
         return []
-    for changed, machine, named in _knobs(config, on):
-        if not _lacks(replan(changed, machine), machine):
-            return [f"{'; '.join(lacks)}. It fits with {named}"]
-    return [f"{'; '.join(lacks)}. {_hopeless(replan(config, on), on)}"]
+    if on.device is not None and on.share < MOST:
+        if not _lacks(replan(config, wider := dataclasses.replace(on, share=MOST)), wider):
+            return [f"{'; '.join(lacks)}. It fits with {FRACTION}={MOST} in the environment"]
+
+    def fits(change: Change) -> bool:
+        try:
+            return not _lacks(replan(_changed(config, change), on), on)
+        except ConfigError:  # settings that exclude each other
+            return False
+
+    experts = needs[0].experts * needs[0].hosted
+    change = None if experts > on.host else _first(_steps(config), fits)
+    way_out = _hopeless(needs, on) if change is None else f"It fits with {_named(change)}"
+    return [f"{'; '.join(lacks)}. {way_out}"]
+
+
+def _first(steps: list[Change], fits: Callable[[Change], bool]) -> Change | None:
+    """The cheapest change that fits: as few of the steps, from the cheapest to the dearest, as do together, without
+    those that are not needed."""
+    together: list[Change] = [{}]
+    for step in steps:
+        together.append({**together[-1], **step})
+    if not fits(together[-1]):
+        return None
+    change = together[bisect.bisect_left(together, True, key=fits, lo=1, hi=len(together) - 1)]
+    for setting in reversed(change):
+        less = {name: value for name, value in change.items() if name != setting}
+        if less and fits(less):
+            change = less
+    return change
 
 
 def _lacks(needs, on: Machine) -> list[str]:
@@ -45,51 +75,40 @@ def _short(device: list[Row], on: Machine) -> bool:
     return on.device is not None and total(device) - CONTEXT > on.usable
 
 
-def _knobs(config: Config, on: Machine) -> Iterator[tuple[Config, Machine, str]]:
-    """Changes from the cheapest to the dearest, alone and then together; each with its name for the user."""
-    if on.device is not None and on.share < MOST:
-        yield config, dataclasses.replace(on, share=MOST), f"{FRACTION}={MOST} in the environment"
-    steps = [s for s in _steps(config)]
-    for step in steps:
-        yield from _named(config, on, step)
-    together: dict = {}
-    for step in steps:
-        together = {**together, **step}
-        yield from _named(config, on, together)
-
-
-def _steps(config: Config) -> Iterator[dict]:
-    train, model = config.train, config.model
+def _steps(config: Config) -> list[Change]:
+    """From the cheapest to the dearest: time, then precision, then what is trained."""
+    train, model, adapters = config.train, config.model, config.lora
+    steps: list[Change] = []
     if model.storage == "resident":
-        yield {("model", "storage"): "mapped"}
+        steps.append({("model", "storage"): "mapped"})
+    if adapters.experts_home == "device" and model.experts == "host":
+        steps.append({("lora", "experts_home"): "host"})
     if model.stash_gb is None or model.stash_gb > 0:
-        yield {("model", "stash_gb"): 0.0}
-    rows = train.micro_rows or train.rows_per_step
-    if rows > 1:
-        yield {("train", "micro_rows"): 1}
+        steps.append({("model", "stash_gb"): 0.0})
+    if (train.micro_rows or train.rows_per_step) > 1:
+        steps.append({("train", "micro_rows"): 1})
     if train.loss_chunk > 256:
-        yield {("train", "loss_chunk"): 256}
+        steps.append({("train", "loss_chunk"): 256})
     for weights in ("8bit", "nf4")[{"full": 0, "8bit": 1}.get(model.weights, 2):]:
-        yield {("model", "weights"): weights}
-    rows = train.rows_per_step
+        steps.append({("model", "weights"): weights})
+    rows, length = train.rows_per_step, config.data.max_length
     while rows > 1:
         rows //= 2
-        yield {("train", "rows_per_step"): rows, ("train", "micro_rows"): 1}
-    length = config.data.max_length
+        steps.append({("train", "rows_per_step"): rows, ("train", "micro_rows"): 1})
     while length > 256:
         length //= 2
-        yield {("data", "max_length"): length}
+        steps.append({("data", "max_length"): length})
+    return steps
 
 
-def _named(config: Config, on: Machine, change: dict):
-    new = config
-    for group in {group for group, _ in change}:
-        fields = {field: value for (of, field), value in change.items() if of == group}
-        new = dataclasses.replace(new, **{group: dataclasses.replace(getattr(new, group), **fields)})
-    names = [f"{group.capitalize()}.{field} = {value!r}" for (group, field), value in change.items()
-             if getattr(getattr(config, group), field) != value]
-    if names:
-        yield new, on, ", ".join(names)
+def _changed(config: Config, change: Change) -> Config:
+    for (group, name), value in change.items():
+        config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{name: value})})
+    return config
+
+
+def _named(change: Change) -> str:
+    return ", ".join(f"{group.capitalize()}.{name} = {value!r}" for (group, name), value in change.items())
 
 
 def _hopeless(needs, on: Machine) -> str:

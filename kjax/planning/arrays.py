@@ -20,6 +20,7 @@ class Array:
     owned: part of the program's temporaries, not an argument of the caller.  saved: stacked by one loop for another.
     fused: written while its operands are read, element by element.
     heir_of: arrays whose place it takes if they are not read any more when it is made.
+    times: how often it is made, by loops.
     """
 
     bytes: int
@@ -31,6 +32,7 @@ class Array:
     saved: bool = False
     fused: bool = False
     heir_of: list["Array"] = field(default_factory=list)
+    times: int = 1
 
     def read(self, step: int):
         self.last = max(self.last, step)
@@ -46,11 +48,12 @@ class Timeline:
     def __init__(self):
         self.step = 0
         self.depth = 0  # of loops
+        self.turns = 1  # of all loops around
         self.arrays: list[Array] = []
         self.kept: dict[str, Array] = {}
 
     def new(self, bytes_: int, origin: str, text: str = "") -> Array:
-        array = Array(bytes_, self.step, origin, text, last=self.step)
+        array = Array(bytes_, self.step, origin, text, last=self.step, times=self.turns)
         self.arrays.append(array)
         return array
 
@@ -68,6 +71,11 @@ class Timeline:
         again = f"zeros {value.text}" in self.kept
         self.keep(value.bytes, "zeros", value.text).owned = again or self.depth > 0
         return self.new(value.bytes, "scan", value.text)
+
+    def traffic(self) -> float:
+        """Bytes written and read where each array is written once and read once; what is no operation's own, such as
+        what a loop carries, stacks or keeps, is counted with the operation that makes it."""
+        return sum(2.0 * a.bytes * a.times for a in self.arrays if a.origin not in ("carry", "scan", "zeros"))
 
     def spans(self) -> list[tuple[Array, Span]]:
         """Each array that has a place of its own, and how long it or those that take its place live."""

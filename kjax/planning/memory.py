@@ -17,12 +17,14 @@ class Usage:
     saved: the part of it that one loop stacks for another to read: under reverse differentiation what the layers keep
     from the forward to the backward pass.
     largest: what exists at the fullest moment, as (operation, shape, bytes), the largest first.
+    traffic: bytes of arrays written and read in the whole run.
     """
 
     arguments: int
     temporaries: int
     saved: int
     largest: tuple[tuple[str, str, int], ...]
+    traffic: float
 
     @property
     def peak(self) -> int:
@@ -54,7 +56,8 @@ def usage(closed: core.ClosedJaxpr, donated: Sequence[bool] = (), merge: bool = 
     at, rows = _fullest(life.spans())
     # Constants of the trace are part of the program, not arguments.
     arguments = sum(v.bytes for v in flat.inputs[len(closed.jaxpr.constvars):])
-    return Usage(arguments, sum(row[2] for row in rows), sum(a.bytes for a in life.arrays if a.saved), rows)
+    return Usage(arguments, sum(row[2] for row in rows), sum(a.bytes for a in life.arrays if a.saved), rows,
+                 life.traffic())
 
 
 def _fullest(spans: list[tuple[Array, Span]]) -> tuple[int, tuple[tuple[str, str, int], ...]]:

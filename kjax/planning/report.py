@@ -59,10 +59,12 @@ class Plan:
         console = console or Console()
         console.print(self.title, markup=False, style="bold")
         for heading, rows, show in (
-                ("Parameters", self.parameters, lambda n: f"{n:,.0f}"), ("Main memory", _summed(self.host), size),
-                ("Page cache", self.cache, size), ("Device memory", _summed(self.device), size),
-                ("Disk", self.disk, size), ("Work per step", self.work, lambda n: f"{n:,.4g}"),
-                ("Time of a step", _summed(self.time), lambda n: f"{n:,.2f} s"), ("A smaller stash", self.stash, size)):
+                ("Parameters", self.parameters, lambda row: f"{row.amount:,.0f}"),
+                ("Main memory", _summed(self.host), _bytes), ("Page cache", self.cache, _bytes),
+                ("Device memory", _summed(self.device), _bytes), ("Disk", self.disk, _bytes),
+                ("Work of a step", self.work, _work),
+                ("Time of a step", _summed(self.time), lambda row: f"{row.amount:,.3g} s"),
+                ("A smaller stash", self.stash, _bytes)):
             if rows:
                 console.print(_table(heading, rows, show))
                 console.print()
@@ -84,6 +86,19 @@ def total(rows) -> float:
     return sum(row.amount for row in rows)
 
 
+def _bytes(row: Row) -> str:
+    return size(row.amount)
+
+
+def _work(row: Row) -> str:
+    """Operations in units of 1e12, bytes, or a number."""
+    if "operations" in row.name:
+        return f"{row.amount / 1e12:,.4g} T"
+    if "bytes" in row.name:
+        return size(row.amount)
+    return f"{row.amount:,.0f}" if row.amount >= 100 else f"{row.amount:.2g}"
+
+
 def _summed(rows: tuple[Row, ...]) -> tuple[Row, ...]:
     return (*rows, Row("total", total(rows))) if len(rows) > 1 else rows
 
@@ -95,5 +110,5 @@ def _table(heading: str, rows: tuple[Row, ...], show):
     table.add_column(justify="right", min_width=12)
     table.add_column(style="dim")
     for row in rows:
-        table.add_row(row.name, show(row.amount), row.note)
+        table.add_row(row.name, show(row), row.note)
     return table

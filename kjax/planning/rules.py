@@ -96,7 +96,7 @@ def _loop(frame: Frame, op: Op):
     stacked = [frame.life.filled(out) if keep else None
                for out, keep in zip(op.outs[carried:], used[carried:], strict=True)]
     _turn(frame, body, operands, range(consts, consts + carried), op.outs[:carried],
-          [v for v in body.outputs[carried:] if v is not None])
+          [v for v in body.outputs[carried:] if v is not None], op.params["length"])
     for array in (*operands[:consts], *operands[consts + carried:], *stacked):
         if array is not None:
             array.read(frame.life.step)
@@ -112,7 +112,8 @@ def _while(frame: Frame, op: Op):
             array.read(frame.life.step)
 
 
-def _turn(frame: Frame, body: Program, operands: list, carry: range, outs: list[Value], early: list[Value]):
+def _turn(frame: Frame, body: Program, operands: list, carry: range, outs: list[Value], early: list[Value],
+          length: int = 1):
     """The body of a loop, once. carry: the operands that are carried; those behind them are sliced."""
     life = frame.life
     inputs: list[Array | None] = list(operands)
@@ -125,8 +126,10 @@ def _turn(frame: Frame, body: Program, operands: list, carry: range, outs: list[
         places.append(place)
     life.step += 1
     life.depth += 1
+    life.turns *= length
     inner = run(life, body, inputs, early, range(carry.stop, len(operands)))
     life.depth -= 1
+    life.turns //= length
     made = []
     for value, place in zip(body.outputs, places, strict=False):
         array = None if value is None else inner.memory(value)

@@ -35,11 +35,13 @@ class Sizes:
     """The routed experts of one run and what surrounds them.
 
     shapes: path -> leaf of the params tree with the experts on the device.  trained: numbers per group.
+    hosts_adapters: whether those of the routed experts live on the host.
     """
 
     def __init__(self, config: Config, model: ModelConfig, shapes: dict, experts: Format, others: Format,
-                 trained: dict[str, int]):
+                 trained: dict[str, int], hosts_adapters: bool):
         self.config, self.model, self.format, self.trained = config, model, experts, trained
+        self.host_adapters = trained.get("experts", 0) if hosts_adapters else 0  # numbers
         self.hosted = config.model.experts == "host" and model.num_moe_layers > 0
         self.tokens = config.train.rows_per_step * config.data.max_length
         self.itemsize = jnp.dtype(config.model.dtype).itemsize
@@ -66,7 +68,7 @@ class Sizes:
     def resident(self, on: Machine) -> bool:
         """Whether the experts are copied to memory of the process; "auto" does in a long run (docs/storage.md)."""
         mode = self.config.model.storage
-        fits = self.experts + self._beside(on) + PROGRAM <= on.host
+        fits = self.experts + self._beside + PROGRAM <= on.host
         return mode == "resident" or (mode == "auto" and fits and self.experts <= FREE_SHARE * on.host)
 
     @property
@@ -74,14 +76,15 @@ class Sizes:
         """x, y, dy and dx of one layer, and the fp32 sums of one of them."""
         return self.tokens * self.model.hidden_size * (4 * self.itemsize + 4) * self.hosted
 
-    def _beside(self, on: Machine) -> int:
-        return self.call + (STATE_BYTES * self.expert_adapters if on.device is not None else 0)
+    @property
+    def _beside(self) -> int:
+        return self.call + STATE_BYTES * self.host_adapters
 
     def stash(self, on: Machine, device_part: float) -> int:
         """Bytes of the stash: as set, else what is free beside all the rest."""
         if self.config.model.stash_gb is not None:
             return int(min(self.stash_need, self.config.model.stash_gb * 1e9))
-        free = on.host - self.experts * self.hosted - self._beside(on) - PROGRAM - device_part
+        free = on.host - self.experts * self.hosted - self._beside - PROGRAM - device_part
         return int(min(self.stash_need, max(0, free * STASH_SHARE)))
 
     def host(self, on: Machine, device_part: float) -> tuple[list[Row], list[Row]]:
@@ -100,8 +103,8 @@ class Sizes:
                 note += f"; set Model.stash_gb = {math.ceil(stash / 1e9)}"
             rows += [Row("stash", stash, note),
                      Row("expert activations", self.call, "of the layer at work")]
-            if self.expert_adapters and on.device is not None:
-                rows.append(Row("expert adapters", STATE_BYTES * self.expert_adapters,
+            if self.host_adapters:
+                rows.append(Row("expert adapters", STATE_BYTES * self.host_adapters,
                                 "masters, gradients and two Adam moments, fp32"))
         rows.append(Row("program", PROGRAM, "Python, JAX and compiled code"))
         if on.device is None:

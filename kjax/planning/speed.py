@@ -2,7 +2,8 @@
 
     experts     for each direction and layer, the longer of operations / host_peak and bytes read / host_bandwidth;
                 experts that main memory cannot hold come from disk instead
-    device      the longer of operations / device_peak and three reads of its weights (forward, recompute, backward)
+    device      operations / device_peak, and then / device_bandwidth the bytes that the traced step writes and reads,
+                or three reads of its weights (forward, recompute, backward) where these are more
     transfers   x and y, then x, dy and dx, of each layer over PCIe
     optimiser   seven accesses to each trained number: gradient, master and moments read, three of them written
 
@@ -14,7 +15,7 @@ from kjax.planning.report import Row
 from kjax.planning.sizes import Sizes
 
 
-def step(sizes: Sizes, on: Machine, device_operations: float, device_weights: float, stash: float, cached: float
+def step(sizes: Sizes, on: Machine, device_operations: float, device_bytes: float, stash: float, cached: float
          ) -> tuple[Row, ...]:
     """Seconds per part; empty where a speed is not known. cached: bytes of main memory that experts can take."""
     if not on.timed:
@@ -28,12 +29,12 @@ def step(sizes: Sizes, on: Machine, device_operations: float, device_weights: fl
                                                                   cached), "gate and up, where the stash is full"))
         if sizes.expert_adapters:
             rows.append(Row("expert adapters", sizes.adapter_operations() / on.host_peak))
-    rows.append(Row("device", max(device_operations / on.device_peak, 3 * device_weights / on.device_bandwidth),
-                    "attention, shared experts, head"))
+    rows += [Row("device, products", device_operations / on.device_peak, "attention, shared experts, head"),
+             Row("device, memory", device_bytes / on.device_bandwidth, "what lies between them")]
     if sizes.hosted and on.device is not None:
         moved = 5.0 * sizes.tokens * sizes.model.hidden_size * sizes.itemsize * sizes.model.num_moe_layers
         rows.append(Row("transfers", moved / on.pcie))
-    here = sizes.expert_adapters
+    here = sizes.host_adapters
     there = sum(sizes.trained.values()) - here
     rows.append(Row("optimiser", 7 * 4 * (here / on.host_bandwidth + there / on.device_bandwidth)))
     return tuple(rows)
