@@ -112,7 +112,13 @@ class PanelAhead {
       return Decode<F>::load(tables_.scale(strip_.matrix, r, block), byte_at(F, strip_.matrix, r, block), at,
                              strip_.count - c);
     };
-    interleave(load(row), load(row + 1), out);
+    bool done = false;
+    if constexpr (DecodePair<F>::kExists)
+      if ((done = row + 1 < k_ + depth_ && strip_.count - c >= kLine))
+        DecodePair<F>::load(tables_.scale(strip_.matrix, row, block), byte_at(F, strip_.matrix, row, block),
+                            tables_.scale(strip_.matrix, row + 1, block), byte_at(F, strip_.matrix, row + 1, block), at,
+                            out);
+    if (!done) interleave(load(row), load(row + 1), out);
     const int64_t group = pairs_ - group_ < kTogether ? pairs_ - group_ : kTogether;
     if (++in_group_ < group) return;
     in_group_ = 0;

@@ -393,7 +393,7 @@ void across(const Product& p) {
   const int64_t lines = (p.strip.count + kLine - 1) / kLine, step = p.rows <= kFewRows ? kFewDepth : kAcrossDepth;
   const int64_t at_once = p.rows <= kFewRows ? lines : 1;  // a panel of 32 KB stays in L1
   // Lines of 64 columns per tile: one or two rows of one line alone would wait for each dot product.
-  const int64_t together = p.rows == 1 && lines % 4 == 0 ? 4 : p.rows <= 2 && lines % 2 == 0 ? 2 : 1;
+  const int64_t together = p.rows == 1 && lines % 4 == 0 ? 4 : (p.rows == 1 || p.rows == 2) && lines % 2 == 0 ? 2 : 1;
   uint16_t* const panel = reinterpret_cast<uint16_t*>(p.scratch);
   std::byte* const room = p.scratch + kAcrossDepth * 4 * kLine * sizeof(uint16_t);
   for (int64_t k = 0; k < w.rows; k += step) {

@@ -18,8 +18,8 @@ class Prefetch {
     rate_ = static_cast<int>(rate < kMaxRate ? rate : kMaxRate);
   }
 
-  inline __attribute__((always_inline)) void tick() {
-    for (due_ += rate_; due_ >= kUnit; due_ -= kUnit) line();
+  inline __attribute__((always_inline)) void tick(int ticks = 1) {
+    for (due_ += ticks * rate_; due_ >= kUnit; due_ -= kUnit) line();
   }
 
  private:
