@@ -66,6 +66,16 @@ size_t kept_bytes(const Call& call, const Store& store, const Routing& routing) 
          low;
 }
 
+constexpr size_t kLanes = 8;  // sums side by side, so that a compiler can make vectors of them
+
+void add_squares(std::span<const float> numbers, double (&lanes)[kLanes]) {
+  const auto add = [&](size_t i, size_t lane) { lanes[lane] += static_cast<double>(numbers[i]) * numbers[i]; };
+  const size_t whole = numbers.size() / kLanes * kLanes;
+  for (size_t i = 0; i < whole; i += kLanes)
+    for (size_t lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+  for (size_t i = whole; i < numbers.size(); ++i) add(i, i - whole);
+}
+
 // The sum of the squares of all gradients of the layer: per expert on any thread, then in the order of experts.
 double squares(Turn& turn, Workspace& space, const Call& call, const Store& store, const AdapterGradients& gradients) {
   std::vector<double>& sums = space.squares;
@@ -74,14 +84,14 @@ double squares(Turn& turn, Workspace& space, const Call& call, const Store& stor
   auto job = [&](Worker& worker) {
     for (int e; (e = next.fetch_add(1)) < store.experts;) {
       worker.check();
-      double lanes[8] = {};
+      double lanes[kLanes] = {};
       for (int p = 0; p < kProjections; ++p) {
         const int64_t rank = call.adapters->of[p].rank;
         if (!rank) continue;
         const int64_t in = p == kDown ? store.hidden : store.width, out = p == kDown ? store.width : store.hidden;
         for (const std::span<const float> part : {std::span(gradients.a[p] + e * rank * in, rank * in),
                                                   std::span(gradients.b[p] + e * rank * out, rank * out)})
-          for (size_t i = 0; i < part.size(); ++i) lanes[i % 8] += static_cast<double>(part[i]) * part[i];
+          add_squares(part, lanes);
       }
       for (double lane : lanes) sums[e] += lane;
     }
