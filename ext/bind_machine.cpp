@@ -53,6 +53,16 @@ nb::list node_list(const std::vector<Node>& found) {
 void bind_machine(nb::module_& m) {
   m.def("isa", &isa, "{name, reason, available: {isa: \"\" or why not}}.");
   m.def(
+      "features_of",
+      [](uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_ecx, uint32_t leaf7_edx, uint32_t leaf7_1_eax,
+         uint32_t xcr0, const nb::callable& ask_for_tiles) {
+        const CpuWords words{leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf7_1_eax, xcr0};
+        const auto found = features_of(words, [&] { return nb::cast<bool>(ask_for_tiles()); });
+        return std::vector<std::string>(found.begin(), found.end());
+      },
+      nb::arg("leaf1_ecx"), nb::arg("leaf7_ebx"), nb::arg("leaf7_ecx"), nb::arg("leaf7_edx"), nb::arg("leaf7_1_eax"),
+      nb::arg("xcr0"), nb::arg("ask_for_tiles"), "What choose_isa takes, of a CPU with these words of CPUID.");
+  m.def(
       "choose_isa",
       [](nb::iterable features, const std::optional<std::string>& override_name) {
         std::set<std::string> names;

@@ -108,37 +108,45 @@ bool tiles_permitted() {
 
 }  // namespace
 
-std::set<std::string> cpu_features() {
+std::set<std::string> features_of(const CpuWords& words, const std::function<bool()>& ask_for_tiles) {
   std::set<std::string> found;
-#if defined(__x86_64__)
-  unsigned a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
-  const bool fma = c >> 12 & 1, xsave = c >> 27 & 1;
-  if (!xsave) return found;  // without it the operating system saves no vector register
-  unsigned xcr0, xcr0_high;
-  __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(xcr0_high) : "c"(0));
-  const bool ymm = (xcr0 & 0x6) == 0x6, zmm = (xcr0 & 0xe6) == 0xe6;
-  if (ymm && fma) found.insert("fma");
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
-  if (ymm && (b >> 5 & 1)) found.insert("avx2");
+  const auto bit = [](uint32_t word, int n) { return static_cast<bool>(word >> n & 1); };
+  if (!bit(words.leaf1_ecx, 27)) return found;  // OSXSAVE: without it the operating system saves no vector register
+  const auto saved = [&](uint32_t states) { return (words.xcr0 & states) == states; };
+  const bool ymm = saved(0x6), zmm = saved(0xe6), tiles = saved(0x60000);
   const struct {
     bool set;
     const char* name;
-  } wide[] = {{static_cast<bool>(b >> 16 & 1), "avx512f"},
-              {static_cast<bool>(b >> 17 & 1), "avx512dq"},
-              {static_cast<bool>(b >> 30 & 1), "avx512bw"},
-              {static_cast<bool>(b >> 31 & 1), "avx512vl"},
-              {static_cast<bool>(c >> 1 & 1), "avx512_vbmi"}};
-  for (const auto& feature : wide)
-    if (zmm && feature.set) found.insert(feature.name);
-  if ((xcr0 & 0x60000) == 0x60000) {
-    if (d >> 24 & 1) found.insert("amx_tile");
-    if (d >> 22 & 1) found.insert("amx_bf16");
-    if ((d >> 24 & 1) && tiles_permitted()) found.insert(kTilePermission);
-  }
-  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && zmm && (a >> 5 & 1)) found.insert("avx512_bf16");
-#endif
+  } all[] = {{ymm && bit(words.leaf1_ecx, 12), "fma"},
+             {ymm && bit(words.leaf7_ebx, 5), "avx2"},
+             {zmm && bit(words.leaf7_ebx, 16), "avx512f"},
+             {zmm && bit(words.leaf7_ebx, 17), "avx512dq"},
+             {zmm && bit(words.leaf7_ebx, 30), "avx512bw"},
+             {zmm && bit(words.leaf7_ebx, 31), "avx512vl"},
+             {zmm && bit(words.leaf7_ecx, 1), "avx512_vbmi"},
+             {zmm && bit(words.leaf7_1_eax, 5), "avx512_bf16"},
+             {tiles && bit(words.leaf7_edx, 24), "amx_tile"},
+             {tiles && bit(words.leaf7_edx, 22), "amx_bf16"}};
+  for (const auto& feature : all)
+    if (feature.set) found.insert(feature.name);
+  if (found.count("amx_tile") && ask_for_tiles()) found.insert(kTilePermission);
   return found;
+}
+
+std::set<std::string> cpu_features() {
+  CpuWords words;
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  if (__get_cpuid(1, &a, &b, &c, &d)) words.leaf1_ecx = c;
+  if (words.leaf1_ecx >> 27 & 1) __asm__ volatile("xgetbv" : "=a"(words.xcr0), "=d"(d) : "c"(0));
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+    words.leaf7_ebx = b;
+    words.leaf7_ecx = c;
+    words.leaf7_edx = d;
+  }
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) words.leaf7_1_eax = a;
+#endif
+  return features_of(words, tiles_permitted);
 }
 
 std::vector<std::pair<std::string, std::string>> available_isas(const std::set<std::string>& features) {

@@ -1,5 +1,7 @@
 // Which kernels run on this CPU, and why.
 #pragma once
+#include <cstdint>
+#include <functional>
 #include <set>
 #include <string>
 #include <utility>
@@ -16,7 +18,14 @@ struct Kernels {
   const LowRank* low_rank;
 };
 
-// What the CPU and the operating system together let this process use, by the names of /proc/cpuinfo.
+// What CPUID and the register of enabled states answer, as far as kjax asks; 0 where the CPU has no such leaf.
+struct CpuWords {
+  uint32_t leaf1_ecx = 0, leaf7_ebx = 0, leaf7_ecx = 0, leaf7_edx = 0, leaf7_1_eax = 0, xcr0 = 0;
+};
+// What such a CPU and the operating system together let this process use, by the names of /proc/cpuinfo. Only where the
+// CPU has tile registers is the system asked for them, by `ask_for_tiles`.
+std::set<std::string> features_of(const CpuWords& words, const std::function<bool()>& ask_for_tiles);
+// Those of this process.
 std::set<std::string> cpu_features();
 
 // (name, reason). An unknown or unsupported override throws, listing what is available.

@@ -404,9 +404,10 @@ int together(double seconds) {
     threads.emplace_back([&, i] {
       while (std::chrono::steady_clock::now() < end) {
         if (i == 4) {
-          Example other(Format::kInt8Group128, 5);
+          Example other(Format::kInt8Group128, 5, true);
           other.results();
           close_store(other.id);
+          close_host_adapters(static_cast<int>(other.host));
           release_workspace();
         } else {
           wrong += i % 2 ? one.results() != first : two.results() != second;

@@ -302,6 +302,8 @@ bool run_case(const std::string& isa, const Case& c, Format format, uint64_t see
 
 int main(int argc, char** argv) {
   bool good = true;
+  std::string ran;
+  int cases = 0;
   const auto isas = available_isas(cpu_features());
   for (int i = 1; i < argc; ++i) {
     if (std::any_of(isas.begin(), isas.end(), [&](const auto& isa) { return isa.first == argv[i]; })) continue;
@@ -320,15 +322,17 @@ int main(int argc, char** argv) {
       continue;
     }
     force_isa(isa);
+    ran += (ran.empty() ? "" : ", ") + isa;
     uint64_t seed = 0;
     for (int format = 0; format < kFormats; ++format)
       for (const Case& c : kCases)
         for (bool adapted : {false, true}) {
           if (adapted && kBits[format] < 16 && &c != kCases) continue;  // an adapter does not see the format
           good &= run_case(isa, c, static_cast<Format>(format), ++seed, adapted);
+          ++cases;
         }
   }
-  std::puts(good ? "all as float64 says" : "FAILED");
+  std::printf("%d cases on %s: %s\n", cases, ran.c_str(), good ? "all as float64 says" : "FAILED");
   return good ? 0 : 1;
 }
 

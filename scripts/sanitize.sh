@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The C++ programs under sanitizers: scripts/sanitize.sh [address|thread|plain|fuzz]... (default: the first three).
-# Address and undefined behaviour: the self-test, fuzzing and refused memory. Threads: the self-test and concurrent calls.
-# Plain, without sanitizers: allocations of a steady call and of a first one, which sanitizers would add to.
+# The C++ programs under sanitizers: scripts/sanitize.sh [address|thread|plain|static|fuzz]... (default: the first four).
+# Address and undefined behaviour: the self-test on every instruction set, fuzzing and refused memory. Threads: one
+# instruction set, as all run on the same threads, and concurrent calls. Without sanitizers: plain counts what a steady
+# call and a first one allocate, which sanitizers would add to; static runs the self-test as it is taken elsewhere.
 # KJAX_FUZZ_SECONDS sets how long random products run (60), KJAX_FUZZ_SEED where they begin (the date).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,22 +17,32 @@ if [ -z "$cmake" ]; then  # the one that the installation's build used, or pip's
     cmake=.venv/bin/cmake
 fi
 
-# build NAME SANITIZERS: both programs in build/NAME.
+# build NAME SANITIZERS [OPTION...]: both programs in build/NAME.
 build() {
-    say "Building with -fsanitize=${2:-none}."
-    "$cmake" -S ext -B "build/$1" -DKJAX_PYTHON=OFF -DKJAX_SANITIZE="$2" >/dev/null
-    "$cmake" --build "build/$1" --parallel 2 >/dev/null
+    local name=$1 sanitizers=$2 begin=$SECONDS
+    shift 2
+    say "Building with ${sanitizers:-no} sanitizers."
+    local log=build/$name.log
+    mkdir -p build
+    if ! { "$cmake" -S ext -B "build/$name" -DKJAX_PYTHON=OFF -DKJAX_SANITIZE="$sanitizers" "$@" &&
+           "$cmake" --build "build/$name" --parallel 2; } >"$log" 2>&1; then
+        cat "$log"
+        die "build/$name could not be built"
+    fi
+    say "  built in $((SECONDS - begin)) s"
 }
-# check NAME ENVIRONMENT... -- COMMAND: shows the last lines, and everything when it failed.
+# check NAME [VARIABLE=VALUE...] COMMAND: shows the last line, and everything when it failed.
 check() {
-    local log=build/$1.log
+    local log=build/$1.log begin=$SECONDS
     shift
-    if env "$@" >"$log" 2>&1; then tail -n 1 "$log"; else cat "$log"; die "failed: $*"; fi
+    if env "$@" >"$log" 2>&1; then say "  $(tail -n 1 "$log") ($((SECONDS - begin)) s)"; else cat "$log"; die "failed: $*"; fi
 }
 
+isa=scalar  # for threads: the fastest that every x86-64 of the last ten years has
+if grep -qw avx2 /proc/cpuinfo 2>/dev/null; then isa=avx2; fi
 export ASAN_OPTIONS=abort_on_error=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1
-for what in "${@:-address thread plain}"; do for one in $what; do
+for what in "${@:-address thread plain static}"; do for one in $what; do
     case $one in
     address)
         build address address,undefined
@@ -45,7 +56,7 @@ for what in "${@:-address thread plain}"; do for one in $what; do
         ;;
     thread)
         build thread thread
-        check thread KJAX_THREADS=4 build/thread/kjax_selftest
+        check thread KJAX_THREADS=4 build/thread/kjax_selftest "$isa"
         check thread KJAX_THREADS=5 build/thread/kjax_robust together 20
         ;;
     plain)
@@ -54,7 +65,14 @@ for what in "${@:-address thread plain}"; do for one in $what; do
         check plain KJAX_THREADS=64 build/plain/kjax_robust memory
         check plain KJAX_THREADS=3 build/plain/kjax_robust refusals
         ;;
-    *) die "sanitize.sh: $one is not address, thread, plain or fuzz" ;;
+    static)
+        build static "" -DKJAX_STATIC=ON
+        if command -v ldd >/dev/null && ldd build/static/kjax_selftest >/dev/null 2>&1; then
+            die "build/static/kjax_selftest needs shared libraries"
+        fi
+        check static build/static/kjax_selftest
+        ;;
+    *) die "sanitize.sh: $one is not address, thread, plain, static or fuzz" ;;
     esac
 done; done
-say "No sanitizer had anything to say."
+say "Nothing was found."

@@ -1,4 +1,4 @@
-"""The thread pool's size, cancellation and forks; the choice of instruction set; the FFI targets."""
+"""The thread pool's size, cancellation and forks; the FFI targets."""
 
 import os
 import subprocess
@@ -14,9 +14,6 @@ import pytest
 from ext_oracle import bits, make_layer, route
 
 from kjax import _ext
-
-WIDE = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi", "avx512_bf16"}
-FULL = WIDE | {"amx_tile", "amx_bf16", "amx_permission"}
 
 
 def in_child(code, **env):
@@ -232,43 +229,6 @@ def test_memory_exhaustion_is_an_exception_and_the_store_stays_usable():
 def test_more_threads_than_cores():
     code = "import test_ext_kernels as t; t.test_bits_do_not_depend_on_concurrent_calls(); print('done')"
     assert in_child(code, KJAX_THREADS="16") == "done"
-
-
-@pytest.mark.parametrize(
-    "features, name",
-    [(FULL, "amx"), (WIDE, "avx512bf16"), (WIDE - {"avx512_bf16"}, "avx512"), (FULL - {"avx512bw"}, "avx2"),
-     ({"avx2", "fma"}, "avx2"), ({"avx2"}, "scalar"), (set(), "scalar")],
-)  # fmt: skip
-def test_best_isa_of_a_cpu(features, name):
-    chosen, reason = _ext.choose_isa(features, None)
-    assert chosen == name and reason
-    if name != "amx":
-        assert "lacks" in reason
-
-
-def test_reasons_name_what_is_missing():
-    name, reason = _ext.choose_isa([], "")
-    assert name == "scalar" and reason.endswith("avx2: this CPU lacks avx2, fma")
-    assert "avx512: this CPU lacks avx2, fma, avx512f, avx512bw, avx512dq, avx512vl" in reason
-    refused = _ext.choose_isa(FULL - {"amx_permission"}, "")
-    assert refused == ("avx512bf16", "amx: Linux does not grant this process the tile registers")
-
-
-def test_override_of_the_isa():
-    assert _ext.choose_isa(FULL, "avx2") == ("avx2", "asked for by KJAX_ISA")
-    with pytest.raises(ValueError, match="KJAX_ISA=avx512: this CPU lacks avx512f.*; available here: avx2, scalar"):
-        _ext.choose_isa({"avx2", "fma"}, "avx512")
-    with pytest.raises(ValueError, match="KJAX_ISA=mmx is not an instruction set kjax knows; available here: scalar"):
-        _ext.choose_isa(set(), "mmx")
-
-
-def test_kjax_isa_in_the_environment():
-    code = (
-        "from kjax import _ext\ntry: print(_ext.isa()['name'], _ext.isa()['reason'])\nexcept ValueError as e: print(e)"
-    )
-    assert in_child(code, KJAX_ISA="scalar") == "scalar asked for by KJAX_ISA"
-    assert "KJAX_ISA=sse9 is not" in in_child(code, KJAX_ISA="sse9")
-    assert "KJAX_ISA=sse9 is not" in in_child(STORE, KJAX_ISA="sse9")
 
 
 @pytest.fixture(scope="module")

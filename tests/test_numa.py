@@ -129,6 +129,18 @@ print(int(memory[-1]), memory.ctypes.data % (2 << 20), refused)
     assert (value, offset) == ("3", "0") and (not refused or refused[0].startswith("mbind"))
 
 
+def test_a_store_tells_what_the_system_would_not_place(mapped):
+    if len(_ext.nodes()) > 1:
+        pytest.skip("this machine has the nodes")
+    code = f"""
+from kjax import _ext
+from test_storage import *
+_ext.make_up_nodes([[0], [1]])
+print("store:", ExpertStore(files({str(mapped[0])!r}), storage="resident").refused)
+"""
+    assert in_child(code)[-1].startswith("store: mbind")
+
+
 def test_nodes_of_a_store_are_checked():
     store = _ext.Store(1, 2, 4, 4, "bf16")
     with pytest.raises(ValueError, match="node 99 is not in 0"):

@@ -20,6 +20,7 @@ from rich.console import Console
 from kjax import adapters, checkpoint, gin_config, log
 from kjax.errors import DataError, RunError
 from kjax.fit import Fit
+from kjax.offload.resident import Resident
 from kjax.progress import StepProgress
 from kjax.run import Run
 from kjax.train import train
@@ -247,6 +248,7 @@ os.sched_setaffinity(0, {cores})
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import tiny
+from kjax.offload.resident import Resident
 from kjax.train import train
 changes = dict(train__steps=3, model__dtype="bfloat16", data__val_size=0.0)
 train(tiny.settings(Path({workshop!r}), {name!r}, **changes))
@@ -283,6 +285,7 @@ from pathlib import Path
 import tiny
 from kjax.errors import RunError
 from kjax.fit import Fit
+from kjax.offload.resident import Resident
 from kjax.train import train
 
 save = Fit._save
@@ -315,3 +318,22 @@ def test_a_disk_too_small_is_found_before_loading(workshop, monkeypatch):
     monkeypatch.setattr("kjax.run.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(RunError, match="full: the saved states need .* kB, 1.0 kB are free: lower Train.keep"):
         train(tiny.settings(workshop, "full"), console=quiet())
+
+
+def test_memory_on_another_node_is_told_before_the_steps(workshop, monkeypatch):
+    class Misplaced(Resident):
+        refused = property(lambda self: "mbind (Operation not permitted)", lambda self, reason: None)
+
+    class Begun(Exception):
+        pass
+
+    def run(self, at):
+        raise Begun
+
+    monkeypatch.setattr("kjax.offload.store.Resident", Misplaced)
+    monkeypatch.setattr(Fit, "run", run)
+    console = quiet()
+    with pytest.raises(Begun):
+        train(tiny.settings(workshop, "misplaced", model__storage="resident"), console=console)
+    assert ("experts may lie on another memory node than the threads that read them: mbind (Operation not permitted)"
+            in console.file.getvalue())  # fmt: skip
