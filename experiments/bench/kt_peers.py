@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from contenders import Contender, _bits, _torch_batch, make_adapters
 from kt_kernel import kt_kernel_ext as kt
@@ -42,15 +41,15 @@ def _int4(weights):
     experts, rows, cols = weights.shape
     codes = torch.empty(experts, rows, cols // 8, dtype=torch.int32)
     scales = torch.empty(experts, rows, cols // 32, dtype=torch.bfloat16)
-    shifts = np.arange(8, dtype=np.uint32) * 4
+    shifts = 4 * torch.arange(8, dtype=torch.int32)
     for e in range(experts):
         groups = weights[e].float().view(rows, cols // 32, 32)
         scales[e] = (groups.abs().amax(-1) / 7).clamp_min(1e-8)
         scale = scales[e].float()[..., None]
         code = torch.round(groups / scale).clamp(-8, 7)
         weights[e] = (code * scale).view(rows, cols)
-        nibbles = (code + 8).to(torch.int64).numpy().astype(np.uint32).reshape(rows, cols // 8, 8)
-        codes[e] = torch.from_numpy((nibbles << shifts).sum(-1, dtype=np.uint32).view(np.int32))
+        nibbles = (code + 8).to(torch.int32).view(rows, cols // 8, 8)
+        codes[e] = (nibbles << shifts).sum(-1, dtype=torch.int32)
     return codes, scales
 
 
