@@ -48,6 +48,12 @@ def test_what_is_dear_is_kept_for_its_readers():
     assert read_thrice(lambda a: a / jnp.sum(a)) == pytest.approx(3, abs=0.01)  # a product with an inverse
 
 
+def test_random_bits_are_two_words_each_until_they_are_read():
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    # Two words and the counters that they are made from.
+    assert temporaries(lambda key: jax.random.bits(key, (64, 64)) + 1, key) == pytest.approx(3, abs=0.01)
+
+
 def test_loops():
     def stacked(a):
         return jax.lax.scan(lambda c, _: (c @ a, c), a, None, length=5)

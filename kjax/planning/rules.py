@@ -77,10 +77,12 @@ def _update(frame: Frame, op: Op):
 
 
 def _random(frame: Frame, op: Op):
-    """Random bits count through places: the counters are constant and have the size of one key's bits."""
+    """Random bits count through places: the counters are constant and have the size of one key's bits. Threefry makes
+    two words for each place; whoever reads the bits combines them."""
     counters = 4 * math.prod(op.params["shape"])
     frame.life.keep(counters, "counters", str(op.params["shape"]))
-    _plain(frame, op)
+    frame.operands(op.ins)
+    frame.array |= {out: frame.life.new(2 * out.bytes, op.name, out.text) for out in op.outs}
 
 
 def _loop(frame: Frame, op: Op):
