@@ -26,7 +26,7 @@ def export(source: str | os.PathLike, adapter: str | os.PathLike, target: str | 
         raise CheckpointError(f"{target}: already exists; give a new directory")
     with Checkpoint(source) as checkpoint:
         base = adapters.identify(checkpoint, base_name)
-        found = linears(ModelConfig.from_json(checkpoint.config_json))
+        found = linears(ModelConfig.from_json(checkpoint.config_json, str(checkpoint.config_path)))
     template = adapter / adapters.TEMPLATE
     with adapters.opened(adapter, found, base) as opened:
         return adapters.write(target, opened.matrix, opened.spec, found, base=base, layout=layout, dtype=dtype,

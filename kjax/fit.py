@@ -61,7 +61,7 @@ class Fit:
         self.schedule = optimizers.schedule(prepared.config.optimizer, self.total)
         self.evaluation = None if prepared.evaluation is None else Batches(
             prepared.evaluation, self.settings.rows_per_step, prepared.config.data.max_length,
-            prepared.config.data.rows, shuffle=False)
+            prepared.config.data.rows, shuffle=False, multiple=self.settings.micro_rows or 1)
         self.done = self.saved = 0  # steps done; the step of the newest saved state
         self.doing = ""
 

@@ -56,7 +56,7 @@ class Job:
 def prepare(config: Config) -> Job:
     """Read the model's description, the tokenizer and the data of a run; raises the first thing that is wrong."""
     with Checkpoint(config.model.directory) as files:
-        model = models.ModelConfig.from_json(files.config_json)
+        model = models.ModelConfig.from_json(files.config_json, str(files.config_path))
         model.check_row(config.data.max_length, "Data.max_length")
         linears = models.linears(model)
         base = adapters.identify(files)
@@ -76,7 +76,8 @@ def prepare(config: Config) -> Job:
         if dataset is not None:
             data.check_ids(dataset.examples, model.vocab_size)
     settings = config.train
-    batches = data.Batches(train, settings.rows_per_step, config.data.max_length, config.data.rows, settings.seed)
+    batches = data.Batches(train, settings.rows_per_step, config.data.max_length, config.data.rows, settings.seed,
+                           multiple=settings.micro_rows or 1)
     total = settings.steps or max(1, math.ceil(settings.epochs * len(batches)))
     chosen = storage.choose(config.model.storage, store.size(sources), total) if sources else None
     identity = checkpoint.Identity.of(config, hashed, train.hash)
@@ -103,10 +104,10 @@ def rows(job: Job, directory: Path, isa: str, threads: int) -> list[tuple[str, s
     ]
     if job.evaluation is not None:
         lines.append(("evaluation", _describe(job.evaluation.report)))
-    slots = settings.rows_per_step * job.config.data.max_length
+    wanted, count = settings.rows_per_step, job.batches.rows_per_step
     lines += [
-        ("step", f"{settings.rows_per_step} rows of up to {job.config.data.max_length} tokens = {slots:,} places, "
-                 f"{job.config.data.rows}"),
+        ("step", f"{count} rows of up to {job.config.data.max_length} tokens = {count * job.config.data.max_length:,} "
+                 f"places, {job.config.data.rows}" + (f"; the data do not fill {wanted}" if count < wanted else "")),
         ("steps", f"{job.total_steps} ({job.total_steps / len(job.batches):.2f} epochs of {len(job.batches)})"),
         ("rate", f"{chosen.learning_rate:g}, {chosen.schedule} after {warmup} steps of warm-up"),
         ("writes to", str(directory)),

@@ -73,7 +73,7 @@ def load(
         raise ConfigError(f"weights = {weights!r}: expected one of {', '.join(map(repr, lowbit.SETTINGS))}")
     env.check()
     with Checkpoint(directory) as checkpoint:
-        config = ModelConfig.from_json(checkpoint.config_json)
+        config = ModelConfig.from_json(checkpoint.config_json, str(checkpoint.config_path))
         tokenizer = _tokenizer(checkpoint.directory, config, template or _template(adapter))
         base = adapters.identify(checkpoint)
         spec, lora, hosted = _adapter(adapter, linears(config), base, experts_home, experts == "host")

@@ -27,7 +27,7 @@ from kjax.models import ModelConfig, linears
 from kjax.offload.formats import Quantised, decode
 from kjax.weights import stored
 from kjax.weights.encode import encode
-from kjax.weights.rewrite import CONFIG, check_target, identify, rewrite
+from kjax.weights.rewrite import check_target, identify, rewrite
 from kjax.weights.safetensors import DTYPES, Checkpoint, quote
 from kjax.weights.writer import Part, Tensor, copied
 
@@ -87,12 +87,12 @@ def merge(source: str | os.PathLike, adapter: str | os.PathLike, target: str | o
         raise ConfigError(f"rounding {rounding!r}: expected {' or '.join(ROUNDINGS)}")
     with Checkpoint(source) as checkpoint:
         check_target(checkpoint, Path(target).absolute())
-        config = ModelConfig.from_json(checkpoint.config_json)
+        config = ModelConfig.from_json(checkpoint.config_json, str(checkpoint.config_path))
         base = adapters.identify(checkpoint)
         with adapters.opened(adapter, linears(config), base) as opened:
             merging = _Merging(checkpoint, config.quantization, opened, base.prefix, rounding)
             directory = rewrite(
-                checkpoint, Path(target), merging.shards(), config=(checkpoint.directory / CONFIG).read_bytes(),
+                checkpoint, Path(target), merging.shards(), config=checkpoint.config_path.read_bytes(),
                 made_from={"verb": "merge", "rounding": rounding, "source": identify(checkpoint),
                            "adapter": {name: _sha256(Path(adapter) / name)
                                        for name in (adapters.CONFIG, adapters.WEIGHTS)}}, progress=progress)

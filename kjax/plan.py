@@ -117,6 +117,7 @@ def plan(config: Config, on: Machine) -> Plan:
     path = Path(config.model.directory)
     path = path / "config.json" if path.is_dir() else path
     model = models.ModelConfig.from_json(path)
+    model.check_row(config.data.max_length, "Data.max_length")
     content = json.loads(path.read_text(encoding="utf-8"))
     experts, others = formats(content, model.quantization, str(path))
     shapes = flatten_dict(models.abstract_params(model, config.model.dtype, "device"), sep="/")

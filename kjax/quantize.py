@@ -100,7 +100,7 @@ def quantize(source: str | os.PathLike, target: str | os.PathLike, format: str, 
     with Checkpoint(source) as checkpoint:
         check_target(checkpoint, Path(target).absolute())
         content = checkpoint.config_json
-        present = ModelConfig.from_json(content).quantization
+        present = ModelConfig.from_json(content, str(checkpoint.config_path)).quantization
         if present not in READABLE:
             raise CheckpointError(f"{checkpoint.directory}: its experts are quantised already ({present.format}); "
                                   "quantise the bf16 or FP8 checkpoint that it was made from")

@@ -56,7 +56,7 @@ def test_an_epoch_holds_every_example_once(mode, rows_per_step, shuffle):
         steps = range(epoch * len(batches), (epoch + 1) * len(batches))
         held = [batches.batch(step) for step in steps]
         assert sorted(segment for batch in held for segment in found(batch)) == wanted
-        assert {batch["tokens"].shape[0] for batch in held} == {rows_per_step}
+        assert {batch["tokens"].shape[0] for batch in held} == {batches.rows_per_step} <= set(range(rows_per_step + 1))
     total = sum(len(e.ids) for e in data.examples)
     positions = sum(batch["tokens"].size for batch in held)
     assert batches.padded_share() == pytest.approx(1 - total / positions)
@@ -103,7 +103,15 @@ def test_few_lengths_little_padding():
     assert packed.padded_share() < 0.05
     plain = Batches(data, 4, 512, "plain")
     assert {batch["tokens"].shape for batch in plain} == {(4, 512)}
-    assert Batches(dataset(count=3, longest=9), 4, 512, "packed").batch(0)["tokens"].shape == (4, 32)
+
+
+@pytest.mark.parametrize("mode, multiple, rows", [("packed", 1, 1), ("packed", 2, 2), ("plain", 1, 3), ("plain", 4, 4),
+                                                  ("grouped", 2, 4)])
+def test_few_data_make_few_rows(mode, multiple, rows):
+    batches = Batches(dataset(count=3, longest=9), 8, 512, mode, multiple=multiple)
+    assert len(batches) == 1 and batches.rows_per_step == rows
+    assert batches.batch(5)["tokens"].shape == (rows, 32)
+    assert (batches.batch(0)["segments"] > 0).sum() == sum(map(len, (e.ids for row in batches.rows(0) for e in row)))
 
 
 def test_ladder():

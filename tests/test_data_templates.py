@@ -178,6 +178,13 @@ def test_text_behind_a_reply_is_not_trained(toy, tmp_path):
     assert tokenizer.decode(ids[trained]) == "the cat"
 
 
+def test_a_token_that_begins_before_its_reply_is_trained(toy, tmp_path):
+    tokenizer = load(toy, tmp_path, "{% for m in messages %}{{ m.role + ': ' + m.content }}<|im_end|>{% endfor %}")
+    ids, trained = tokenizer.render(DIALOGUE[1:3])
+    assert tokenizer.encode(" the")[0] in ids  # one token with the template's space and the reply's first word
+    assert tokenizer.decode(ids[trained]) == " the cat<|im_end|>"
+
+
 def test_marks_agree_with_the_generation_blocks(toy, tmp_path):
     """The packaged templates with their marks taken out give the same ids and the same mask."""
     for name in ("deepseek3", "deepseekr1", "kimi_k2"):

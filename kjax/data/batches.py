@@ -1,6 +1,7 @@
 """Steps of token rows: packed, grouped by length or plain, each found from its number alone."""
 
 import bisect
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -52,14 +53,15 @@ class Batches:
 
     Segments count from 1 in each row, 0 is padding; positions restart in each segment; a target is the next token of
     the same segment if that one is trained, else -100. An epoch holds every example once; its last batch is filled
-    up with empty rows. With shuffle the order of each epoch comes from seed and epoch alone; without, it is the same
-    for every epoch (evaluation).
+    up with empty rows, and where the data do not fill even one, batches have only as many rows as they need, to a
+    multiple of `multiple`. With shuffle the order of each epoch comes from seed and epoch alone; without, it is the
+    same for every epoch (evaluation).
     """
 
     def __init__(self, dataset: Dataset, rows_per_step: int, max_length: int,
-                 mode: Literal["packed", "grouped", "plain"] = "packed", seed: int = 0, shuffle: bool = True):
+                 mode: Literal["packed", "grouped", "plain"] = "packed", seed: int = 0, shuffle: bool = True,
+                 multiple: int = 1):
         self._examples = dataset.examples
-        self._rows_per_step = rows_per_step
         self._mode, self._seed, self._shuffle = mode, seed, shuffle
         lengths = [len(e.ids) for e in self._examples]
         if longest := max((n for n in lengths if n > max_length), default=0):
@@ -71,11 +73,12 @@ class Batches:
         else:
             self._rows = [[i] for i in range(len(lengths))]
             self._length = max(self._ladder)
+        self.rows_per_step = min(rows_per_step, math.ceil(len(self._rows) / multiple) * multiple)
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         """Steps per epoch."""
-        return -(-len(self._rows) // self._rows_per_step)
+        return -(-len(self._rows) // self.rows_per_step)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         """The batches of the first epoch."""
@@ -94,7 +97,7 @@ class Batches:
             if self._mode == "grouped":  # rows of like length become neighbours, then the steps are shuffled
                 lengths = np.array([self._ladder[row[0]] for row in self._rows])
                 order = order[np.argsort(lengths[order], kind="stable")]
-            order = np.pad(order, (0, len(self) * self._rows_per_step - count), constant_values=-1)
+            order = np.pad(order, (0, len(self) * self.rows_per_step - count), constant_values=-1)
             if self._mode == "grouped":
                 order = order.reshape(len(self), -1)[np.argsort(draw[count:], kind="stable")].reshape(-1)
             self._order = (epoch, order)
@@ -103,14 +106,14 @@ class Batches:
     def rows(self, step: int) -> list[list[Example]]:
         """The examples of each row of a step, empty rows left out."""
         epoch, within = divmod(step, len(self))
-        chosen = self._epoch_order(epoch)[within * self._rows_per_step:(within + 1) * self._rows_per_step]
+        chosen = self._epoch_order(epoch)[within * self.rows_per_step:(within + 1) * self.rows_per_step]
         return [[self._examples[i] for i in self._rows[row]] for row in chosen if row >= 0]
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """tokens, targets, positions, segments [rows_per_step, T] of a step, counted from 0 over all epochs."""
         rows = self.rows(step)
         length = self._length_of(rows)
-        shape = (self._rows_per_step, length)
+        shape = (self.rows_per_step, length)
         batch = {"tokens": np.zeros(shape, np.int32), "targets": np.full(shape, IGNORE, np.int32),
                  "positions": np.zeros(shape, np.int32), "segments": np.zeros(shape, np.int32)}
         for number, row in enumerate(rows):
@@ -132,5 +135,5 @@ class Batches:
     def padded_share(self) -> float:
         """Share of positions that hold no token, over the first epoch."""
         steps = [self.rows(step) for step in range(len(self))]
-        positions = sum(self._rows_per_step * self._length_of(rows) for rows in steps)
+        positions = sum(self.rows_per_step * self._length_of(rows) for rows in steps)
         return 1 - sum(len(example.ids) for rows in steps for row in rows for example in row) / positions

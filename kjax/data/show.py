@@ -141,7 +141,7 @@ def show(settings: config.Config, rows: int = 3, console: Console | None = None)
     for title, dataset in zip(("training data", "evaluation data"), load(settings.data, tokenizer), strict=True):
         if dataset is not None:
             batches = Batches(dataset, settings.train.rows_per_step, settings.data.max_length, settings.data.rows,
-                              settings.train.seed)
+                              settings.train.seed, multiple=settings.train.micro_rows or 1)
             extra = [("steps per epoch", f"{len(batches):,} of {settings.train.rows_per_step} "
                                          f"{settings.data.rows} rows, {batches.padded_share():.1%} padding")]
             console.print(preview(dataset, tokenizer, rows, title, extra if title == "training data" else ()))

@@ -112,13 +112,13 @@ class ModelConfig:
                               "have; make them shorter")
 
     @classmethod
-    def from_json(cls, source: "str | Path | dict") -> "ModelConfig":
-        """Reads a config.json: its path, the directory it lies in, or its content as a dict.
+    def from_json(cls, source: "str | Path | dict", where: str = "config.json") -> "ModelConfig":
+        """Reads a config.json: its path, the directory it lies in, or its content as a dict, which errors call `where`.
 
         Both spellings are understood, `rope_scaling` + `rope_theta` (transformers 4) and `rope_parameters` (5).
         Raises CheckpointError that names the key.
         """
-        keys = config_json.read(source)
+        keys = config_json.read(source, where)
         family = _family(keys, tuple(FAMILIES))
         return _read(_text(keys, family) if family.text else keys, family, keys.content["model_type"])
 

@@ -70,10 +70,10 @@ class Keys:
         return Keys(f"{self.where}: {key}", value)
 
 
-def read(source: str | Path | dict) -> Keys:
-    """The keys of a config.json: its path, the directory it lies in, or its content as a dict."""
+def read(source: str | Path | dict, where: str) -> Keys:
+    """The keys of a config.json: its path, the directory it lies in, or its content, which errors call `where`."""
     if isinstance(source, dict):
-        return Keys("config.json", source)
+        return Keys(where, source)
     path = Path(source)
     path = path / "config.json" if path.is_dir() else path
     try:

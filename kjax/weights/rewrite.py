@@ -19,10 +19,10 @@ from pathlib import Path
 from rich import progress as bars
 
 from kjax.errors import CheckpointError
-from kjax.weights.safetensors import INDEX, SINGLE, Checkpoint, inside, parse_json, quote
+from kjax.weights.safetensors import CONFIG, INDEX, SINGLE, Checkpoint, inside, parse_json, quote
 from kjax.weights.writer import Part, digest_file, sync, write_error, write_file
 
-MANIFEST, LOCK, CONFIG = "kjax_manifest.json", ".lock", "config.json"
+MANIFEST, LOCK = "kjax_manifest.json", ".lock"
 FORMAT = 1  # of the manifest and of the arithmetic: shards of different formats are not mixed
 MAX_SMALL = 1 << 26  # bytes; tokenizers have up to 20 MB, and what is larger is no file that belongs to a model
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -35,7 +35,7 @@ def identify(checkpoint: Checkpoint) -> dict:
         found = path.stat()
         return [found.st_size, found.st_mtime_ns]
 
-    config = (checkpoint.directory / CONFIG).read_bytes()
+    config = checkpoint.config_path.read_bytes()
     return {"directory": str(checkpoint.directory.resolve()), "config": hashlib.sha256(config).hexdigest(),
             "shards": {name: status(path) for name, path in checkpoint.shards.items()}}
 

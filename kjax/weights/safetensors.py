@@ -22,6 +22,7 @@ from kjax.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CONFIG = "config.json"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_JSON = 1 << 29  # bytes; the index of a 140,000-tensor checkpoint has 15 MB
 MAX_DIMENSIONS = 32
@@ -319,9 +320,13 @@ class Checkpoint:
         return parse_json(bytes(data), shown)
 
     @property
+    def config_path(self) -> Path:
+        return self.directory / CONFIG
+
+    @property
     def config_json(self) -> dict:
         """The contents of config.json."""
-        return self.json("config.json")
+        return self.json(CONFIG)
 
     def names(self) -> Iterable[str]:
         """All tensor names, shard by shard in the order of their bytes."""
