@@ -206,3 +206,74 @@ class RowsAhead {
   Pace pace_;
   Prefetch prefetch_;
 };
+
+// Stored rows [k, k + depth) of a strip -> panels as PanelAhead leaves them, and later bytes asked for. Always inlined
+// and without remainders, so that a product's sums stay in registers. A unit is 64 columns of a pair.
+template <Format F>
+class PairsAhead {
+ public:
+  PairsAhead(const Strip& strip, const Tables<F>& tables, int64_t k, int64_t depth, uint16_t* panel, int64_t ticks,
+             const Prefetch& prefetch)
+      : matrix_(&strip.matrix),
+        tables_(&tables),
+        first_(strip.first),
+        count_(strip.count),
+        k_(k),
+        depth_(depth),
+        pairs_((depth + 1) / 2),
+        lines_(strip.count / kLine),
+        panel_(panel),
+        pace_(depth / 2 * lines_, ticks),
+        prefetch_(prefetch) {}
+  inline __attribute__((always_inline)) void tick() {
+    prefetch_.tick();
+    pace_.tick([&]() __attribute__((always_inline)) { unit(); });
+  }
+  // The rest, a last row without a neighbour, and the columns behind the last whole line.
+  void finish() {
+    pace_.finish([&] { unit(); });
+    const int64_t whole = lines_ * kLine, last = k_ + depth_ - 1;
+    for (int64_t c = 0; depth_ % 2 && c < whole; c += kLine)
+      interleave(load(last, c, kLine), {_mm512_setzero_si512(), _mm512_setzero_si512()},
+                 panel_ + (c * pairs_ + depth_ / 2 * kLine) * 2);
+    if (whole < count_)
+      across_panel(*matrix_, *tables_, k_, depth_, first_ + whole, count_ - whole, panel_ + whole * pairs_ * 2, pairs_,
+                   prefetch_);
+  }
+  const Prefetch& prefetch() const { return prefetch_; }
+
+ private:
+  static constexpr int64_t kTogether = 16;  // pairs per visit of a line of columns, as in PanelAhead
+
+  inline __attribute__((always_inline)) Weights load(int64_t row, int64_t c, int64_t n) const {
+    const int64_t block = (first_ + c) / kBlock * kBlock;
+    return Decode<F>::load(tables_->scale(*matrix_, row, block), byte_at(F, *matrix_, row, block), first_ + c - block,
+                           n);
+  }
+  inline __attribute__((always_inline)) void unit() {
+    const int64_t c = line_ * kLine, row = k_ + 2 * pair_;
+    uint16_t* const out = panel_ + (c * pairs_ + pair_ * kLine) * 2;
+    if constexpr (DecodePair<F>::kExists) {
+      const int64_t block = (first_ + c) / kBlock * kBlock;
+      const auto scale = [&](int64_t r) { return tables_->scale(*matrix_, r, block); };
+      DecodePair<F>::load(scale(row), byte_at(F, *matrix_, row, block), scale(row + 1),
+                          byte_at(F, *matrix_, row + 1, block), first_ + c - block, out);
+    } else {
+      interleave(load(row, c, kLine), load(row + 1, c, kLine), out);
+    }
+    if (++pair_ % kTogether && pair_ < depth_ / 2) return;
+    if (++line_ < lines_) {
+      pair_ = (pair_ - 1) / kTogether * kTogether;
+    } else {
+      line_ = 0;
+    }
+  }
+
+  const Matrix* matrix_;
+  const Tables<F>* tables_;
+  int64_t first_, count_, k_, depth_, pairs_, lines_;
+  uint16_t* panel_;
+  int64_t line_ = 0, pair_ = 0;
+  Pace pace_;
+  Prefetch prefetch_;
+};

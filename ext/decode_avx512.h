@@ -143,12 +143,12 @@ struct Decode<Format::kInt8Group128> {
     return broadcast_bf16(scale_ptr(Format::kInt8Group128, w, row, col));
   }
   static inline Weights load(const Scale& scale, const uint8_t* p, int64_t c, int64_t n) {
-    const __m512i codes = load_bytes(p + c, n);
-    const auto weights = [&](__m128i part) {
-      return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part)), scale);
+    const auto weights = [&](int64_t i) {
+      const __m128i codes = n >= 64 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + c + 16 * i))
+                                    : _mm512_castsi512_si128(load_bytes(p + c + 16 * i, n - 16 * i));
+      return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)), scale);
     };
-    return {round_bf16(weights(_mm512_castsi512_si128(codes)), weights(_mm512_extracti32x4_epi32(codes, 1))),
-            round_bf16(weights(_mm512_extracti32x4_epi32(codes, 2)), weights(_mm512_extracti32x4_epi32(codes, 3)))};
+    return {round_bf16(weights(0), weights(1)), round_bf16(weights(2), weights(3))};
   }
 };
 
@@ -255,15 +255,18 @@ inline void decode_rows(const Matrix& w, const Tables<F>& tables, int64_t row, i
 }
 inline int64_t decode_ticks(int64_t rows, int64_t depth) { return rows * ((depth + kBlock - 1) / kBlock); }
 
-// Two stored rows x 64 columns -> [64][2].
+// Two stored rows x 64 columns -> [64][2]. Unpacking works by lanes of 128 bits, so what they need is brought there
+// before; both leave the ports of the products free, which a permutation of two vectors does not.
 inline void interleave(const Weights& a, const Weights& b, uint16_t* out) {
-  alignas(64) static const uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, word(16));
-  _mm512_store_si512(out, _mm512_permutex2var_epi16(a.low, low, b.low));
-  _mm512_store_si512(out + 32, _mm512_permutex2var_epi16(a.low, high, b.low));
-  _mm512_store_si512(out + 64, _mm512_permutex2var_epi16(a.high, low, b.high));
-  _mm512_store_si512(out + 96, _mm512_permutex2var_epi16(a.high, high, b.high));
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  const auto store = [&](__m512i x, __m512i y, uint16_t* to) {
+    x = _mm512_permutexvar_epi64(order, x);
+    y = _mm512_permutexvar_epi64(order, y);
+    _mm512_store_si512(to, _mm512_unpacklo_epi16(x, y));
+    _mm512_store_si512(to + 32, _mm512_unpackhi_epi16(x, y));
+  };
+  store(a.low, b.low, out);
+  store(a.high, b.high, out + 64);
 }
 
 // Whether pairs of a format's rows are decoded together, which then takes fewer instructions than apart and

@@ -92,7 +92,14 @@ def test_accuracy_is_that_of_the_operands(isa, fmt, tokens):
 @pytest.mark.parametrize("fmt", FORMATS[2:])
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 3, 1, 1), (7, 33, 129, 3, 3), (17, 260, 31, 5, 2), (100, 135, 257, 2, 2), (5, 40, 2060, 2, 1)],
+    [
+        (1, 1, 3, 1, 1),
+        (7, 33, 129, 3, 3),
+        (17, 260, 31, 5, 2),
+        (100, 135, 257, 2, 2),
+        (5, 40, 2060, 2, 1),
+        (40, 2300, 130, 1, 1),
+    ],
     ids=lambda s: "x".join(map(str, s)),
 )
 def test_quantised_against_float64(isa, fmt, shape):
