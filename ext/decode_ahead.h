@@ -1,5 +1,5 @@
 // Decoding the next block of stored rows a little at a time, between the products of the present one.
-// Included inside an unnamed namespace after decode_avx512.h.
+// Included inside an unnamed namespace after decode_panel.h.
 
 // The reduction in blocks: a short one first where it has to be decoded before there is a product to hide it behind.
 struct Blocks {

@@ -10,6 +10,7 @@ namespace {
 #include "token_tiles.h"
 #include "prefetch.h"
 #include "decode_avx512.h"
+#include "decode_panel.h"
 #include "decode_ahead.h"
 #include "tile.h"
 #include "gemm_amx.h"

@@ -1,0 +1,122 @@
+// Few operand rows along stored rows: dot products with weights that are decoded in registers.
+// Included inside an unnamed namespace after decode_avx512.h.
+
+constexpr int64_t kSums = 16;                // room for the sums of a stored row in dot products, one per operand row
+constexpr int64_t kOperandBytes = 32 << 10;  // of operand rows that stay in L1 while stored rows meet them
+
+inline __m512bh as_bf16(__m512i v) { return (__m512bh)v; }
+
+// Calls f<R> for a number of rows from `least` to `most`.
+template <int least, int most, class F>
+inline void with_rows(int64_t rows, F f) {
+  [&]<int... R>(std::integer_sequence<int, R...>) {
+    ((rows == least + R ? f.template operator()<least + R>() : void()), ...);
+  }(std::make_integer_sequence<int, most - least + 1>());
+}
+
+// The horizontal sums of R <= 16 vectors, one in each lane, zeros behind them.
+template <int R>
+inline __m512 sums_of(const __m512 (&v)[R]) {
+  const auto at = [&](int i) { return i < R ? v[i] : _mm512_setzero_ps(); };
+  __m512 pairs[8], fours[4], eights[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    pairs[i] =
+        _mm512_add_ps(_mm512_unpacklo_ps(at(2 * i), at(2 * i + 1)), _mm512_unpackhi_ps(at(2 * i), at(2 * i + 1)));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d even = _mm512_castps_pd(pairs[2 * i]), odd = _mm512_castps_pd(pairs[2 * i + 1]);
+    fours[i] =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
+                              _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88),
+                       _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
+}
+
+// Sums [W stored rows][R of kSums operand rows] (+)= W [W, depth] x A [R, depth], both along k. Stored rows from
+// (row, k0) on, k0 a multiple of 128, are decoded 64 columns at a time in registers; n of them exist, and the last
+// stands for those missing. A in blocks [depth / 32][R][32], zeros from depth on.
+template <Format F, int R, int W>
+void dot_tile(const uint16_t* a, const Matrix& w, const Tables<F>& tables, int64_t row, int64_t n, int64_t k0,
+              int64_t depth, float* sums, bool add, Prefetch& prefetch) {
+  __m512 sum[W][R];
+  const uint8_t* stored[W];
+#pragma GCC unroll 4
+  for (int j = 0; j < W; ++j) {
+    stored[j] = byte_at(F, w, row + (j < n ? j : n - 1), k0);
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i) sum[j][i] = _mm512_setzero_ps();
+  }
+  const auto multiply = [&](const __m512i(&y)[W]) __attribute__((always_inline)) {
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i) {
+      const __m512bh x = as_bf16(_mm512_loadu_si512(a + i * 32));
+#pragma GCC unroll 4
+      for (int j = 0; j < W; ++j) sum[j][i] = _mm512_dpbf16_ps(sum[j][i], x, as_bf16(y[j]));
+    }
+    a += R * 32;
+  };
+  typename Decode<F>::Scale scale[W];
+  const auto visit = [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+    __m512i low[W], high[W];
+#pragma GCC unroll 4
+    for (int j = 0; j < W; ++j) {
+      const Weights y = Decode<F>::load(scale[j], stored[j], c, n);
+      low[j] = y.low, high[j] = y.high;
+    }
+    multiply(low);
+    if (n > 32) multiply(high);
+  };
+  for (int64_t k = 0; k < depth; k += kBlock) {
+    prefetch.tick();
+#pragma GCC unroll 4
+    for (int j = 0; j < W; ++j) scale[j] = tables.scale(w, row + (j < n ? j : n - 1), k0 + k);
+    if (depth - k >= kBlock) {
+      visit(0, 64);
+      visit(64, 64);
+#pragma GCC unroll 4
+      for (int j = 0; j < W; ++j) stored[j] += bytes_of(F, kBlock);
+    } else {
+      for (int64_t c = 0; c < depth - k; c += 64) visit(c, depth - k - c);
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < W; ++j) {
+    const __m512 all = sums_of(sum[j]);
+    _mm512_store_ps(sums + j * kSums, add ? _mm512_add_ps(_mm512_load_ps(sums + j * kSums), all) : all);
+  }
+}
+
+// Few rows, `least` to `most`: all of them meet W stored rows at a time.
+template <Format F, int W, int least, int most>
+void along_few(const Product& p) {
+  const Matrix& w = p.strip.matrix;
+  const int64_t deepest = kOperandBytes / 2 / most, groups = (p.strip.count + W - 1) / W,
+                blocks = (w.cols + deepest - 1) / deepest;
+  const int64_t step = (w.cols / blocks + kBlock - 1) / kBlock * kBlock, units = (w.cols + step - 1) / step * groups;
+  constexpr int64_t ahead = 4;  // groups between asking for stored rows and reading them
+  const uint16_t* const operands = static_cast<const uint16_t*>(p.a);
+  float* const sums = reinterpret_cast<float*>(p.scratch);  // C^T [groups of W][kSums]
+  const Tables<F> tables(w, p.strip.first, p.strip.count, 0, w.cols, p.scratch + 2 * kLine * kSums * sizeof(float));
+  for (int64_t u = 0; u < units; ++u) {
+    // The group `ahead` of this one, in this strip or the next.
+    const bool here = u + ahead < units;
+    const Strip& s = here ? p.strip : p.next;
+    const int64_t v = here ? u + ahead : u + ahead - units, later = v % groups * W, later_k = v / groups * step;
+    const int64_t later_depth = s.matrix.cols - later_k < step ? s.matrix.cols - later_k : step;
+    const int64_t later_rows = s.count - later < W ? s.count - later : W;
+    const int64_t k = u / groups * step, depth = w.cols - k < step ? w.cols - k : step, col = u % groups * W;
+    Prefetch prefetch(byte_at(F, s.matrix, s.first + later, later_k), row_bytes(F, s.matrix.cols),
+                      bytes_of(F, later_depth), later_k < s.matrix.cols && later_rows > 0 ? later_rows : 0,
+                      depth / kBlock, scales_of<F>(s.matrix, s.first + later, later_k, later_depth));
+    with_rows<least, most>(p.rows, [&]<int R>() {
+      dot_tile<F, R, W>(operands + k * R, w, tables, p.strip.first + col, p.strip.count - col, k, depth,
+                        sums + col * kSums, k > 0, prefetch);
+    });
+  }
+  for (int64_t g = 0; g < p.strip.count; g += 16) unpack_sums(sums + g * kSums, kSums, p.rows, p.c + g, p.ldc, p.add);
+}
