@@ -43,7 +43,7 @@ class TilesAhead {
         depth_(depth),
         tile_steps_(tile_steps),
         tiles_(tiles),
-        tables_(strip.matrix, strip.first, depth > 0 ? strip.count : 0, k, depth, room),
+        tables_(strip.matrix, strip.first, strip.count, k, depth, room),
         pace_((depth + kBlock - 1) / kBlock * kLine, ticks) {}
   inline __attribute__((always_inline)) void tick() {
     pace_.tick([&] { unit(); });
@@ -90,7 +90,7 @@ class PanelAhead {
         pairs_(pairs),
         lines_((strip.count + kLine - 1) / kLine),
         panel_(panel),
-        tables_(strip.matrix, k, depth, strip.first, depth > 0 ? strip.count : 0, room),
+        tables_(strip.matrix, k, depth, strip.first, strip.count, room),
         pace_(depth > 0 ? pairs * lines_ : 0, ticks) {}
   inline __attribute__((always_inline)) void tick() {
     pace_.tick([&] { unit(); });

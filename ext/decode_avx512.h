@@ -206,12 +206,13 @@ inline ScaleRun scales_of(const Matrix& w, int64_t row, int64_t col, int64_t col
 }
 
 // What prepare() made for a region of a matrix that starts at multiples of 128 rows and columns or lies within such a
-// block.
+// block; an empty one, which may lie beyond the matrix, has none.
 template <Format F>
 class Tables {
  public:
   Tables(const Matrix& w, int64_t row, int64_t rows, int64_t col, int64_t cols, std::byte* room)
       : room_(room), row_(row / kBlock), col_(col / kBlock), wide_((col + cols - 1) / kBlock - col_ + 1) {
+    if (rows <= 0 || cols <= 0) return;
     if constexpr (Decode<F>::kTableBytes != 0)
       for (int64_t r = row_; r * kBlock < row + rows; ++r)
         for (int64_t c = col_; c * kBlock < col + cols; ++c) Decode<F>::prepare(w, r * kBlock, c * kBlock, at(r, c));

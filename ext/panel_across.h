@@ -89,7 +89,7 @@ void across_many(const Product& p) {
   const Blocks blocks{w.rows, rest == 128 ? rest : kLine, kAcrossDepth};
   const auto size = [&](int64_t i) { return i < blocks.count() ? blocks.size(i) : 0; };
   const auto tables_of = [&](int64_t i) {
-    return Tables<F>(w, blocks.start(i), size(i), p.strip.first, size(i) > 0 ? p.strip.count : 0, rooms[i % 2]);
+    return Tables<F>(w, blocks.start(i), size(i), p.strip.first, p.strip.count, rooms[i % 2]);
   };
   PairsAhead<F>(p.strip, tables_of(0), 0, size(0), panels[0], 0, Prefetch()).finish();
   for (int64_t i = 0; i < blocks.count(); ++i) {
