@@ -1,8 +1,8 @@
 // AVX512-BF16 kernels, chosen by an expert's number of rows and each prefetching the weights that come next.
-//   along : stored rows are read as they lie, or decoded to rows. Few operand rows meet them in dot products; more are
-//           packed in tiles of 16 tokens, the vector, and the stored row is broadcast a pair at a time. Nothing is
-//           transposed but the sums.
-//   across: two stored rows are interleaved into a panel of vectors, and operand rows are broadcast.
+//   along : stored rows are read as they lie, or decoded to rows. Few operand rows meet them in dot products
+//           (dot_rows.h); more are packed in tiles of 16 tokens, the vector, and the stored row is broadcast a pair at a
+//           time. Nothing is transposed but the sums.
+//   across: two stored rows are interleaved into a panel of vectors, and operand rows are broadcast (panel_across.h).
 #include <immintrin.h>
 
 #include <utility>

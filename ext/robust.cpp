@@ -27,6 +27,7 @@
 #include "dispatch.h"
 #include "experts.h"
 #include "numa.h"
+#include "robust_data.h"
 #include "stash.h"
 #include "store.h"
 #include "text.h"
@@ -46,7 +47,6 @@ bool refused(size_t size) {
 
 extern "C" {
 void* __real_aligned_alloc(size_t, size_t);
-void* __real_mmap(void*, size_t, int, int, int, off_t);
 void* __wrap_aligned_alloc(size_t alignment, size_t size) {
   return refused(size) ? nullptr : __real_aligned_alloc(alignment, size);
 }
@@ -79,146 +79,6 @@ void operator delete[](void* memory, size_t, std::align_val_t) noexcept { std::f
 
 namespace kjax {
 namespace {
-
-#include "decode_scalar.h"
-
-class Random {
- public:
-  explicit Random(uint64_t seed) : engine_(seed) {}
-  uint64_t bits() { return engine_(); }
-  int64_t between(int64_t low, int64_t high) { return low + static_cast<int64_t>(bits() % (high - low + 1)); }
-  bool one_in(int64_t n) { return between(1, n) == 1; }
-
- private:
-  std::mt19937_64 engine_;
-};
-
-// Bytes that end, or begin, where an unmapped page begins, or ends: one byte too far is a crash in any build.
-class Fenced {
- public:
-  Fenced(int64_t bytes, bool at_end) {
-    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), size = static_cast<size_t>(bytes);
-    const size_t inner = (size + page - 1) / page * page + page;
-    whole_ = inner + 2 * page;
-    raw_ = static_cast<uint8_t*>(
-        __real_mmap(nullptr, whole_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (raw_ == MAP_FAILED) throw std::bad_alloc();
-    mprotect(raw_, page, PROT_NONE);
-    mprotect(raw_ + page + inner, page, PROT_NONE);
-    data_ = at_end ? raw_ + page + inner - size : raw_ + page;
-  }
-  Fenced(const Fenced&) = delete;
-  ~Fenced() { munmap(raw_, whole_); }
-  uint8_t* data() const { return data_; }
-
- private:
-  uint8_t *raw_, *data_;
-  size_t whole_;
-};
-
-int64_t scale_count(Format format, int64_t rows, int64_t cols) {
-  const ScaleBlock& block = kScaleBlock[static_cast<int>(format)];
-  return block.bytes ? (rows + block.rows - 1) / block.rows * scales_per_row(block, cols) : 0;
-}
-
-// Any bytes; `tame` ones mean finite numbers.
-void fill(Format format, uint8_t* codes, int64_t bytes, uint8_t* scales, int64_t count, bool tame, Random& random) {
-  const int64_t scale_bytes = kScaleBlock[static_cast<int>(format)].bytes;
-  for (int64_t i = 0; i < bytes; ++i) codes[i] = static_cast<uint8_t>(random.bits());
-  for (int64_t i = 0; i < count * scale_bytes; ++i) scales[i] = static_cast<uint8_t>(random.bits());
-  if (!tame) return;
-  const int64_t wide = format == Format::kBf16 ? 2 : format == Format::kFp32 ? 4 : 0;
-  for (int64_t i = wide - 1; wide && i < bytes; i += wide) codes[i] = static_cast<uint8_t>((codes[i] & 0x80) | 0x3e);
-  if (format == Format::kFp8Block || format == Format::kFp8Channel)
-    for (int64_t i = 0; i < bytes; ++i)
-      if ((codes[i] & 127) == 127) codes[i] ^= 1;
-  for (int64_t i = scale_bytes - 1; scale_bytes && i < count * scale_bytes; i += scale_bytes)
-    scales[i] = static_cast<uint8_t>((scales[i] & 0x80) | 0x3c);
-}
-
-// One product with rows that are zero but for a single one: C holds decoded weights, to the bit.
-std::string fuzz_product(const Kernels& kernels, uint64_t seed) {
-  Random random(seed);
-  const Format format = static_cast<Format>(random.between(0, kFormats - 1));
-  const int which = static_cast<int>(format);
-  const Gemm& gemm = *kernels.gemm[which];
-  const bool along = random.one_in(2), tame = !random.one_in(4), at_end = !random.one_in(3), add = random.one_in(4);
-  const Dtype type = kOperandType[which];
-  const int64_t size = type == Dtype::kBf16 ? 2 : 4;
-  const auto extent = [&] { return random.one_in(3) ? random.between(1, 700) : random.between(1, 160); };
-  const int64_t rows = extent(), cols = extent(), m = random.one_in(3) ? random.between(1, 130) : random.between(1, 9);
-  const int64_t depth = along ? cols : rows, across = along ? rows : cols;
-  const int64_t widest = along ? gemm.along_width : gemm.across_width;
-  const int64_t first = random.between(0, (across - 1) / kLine) * kLine;
-  const int64_t count = std::min(across - first, random.one_in(2) ? widest : random.between(1, widest));
-  const int64_t bytes = rows * row_bytes(format, cols), scales = scale_count(format, rows, cols);
-  const Fenced codes(bytes, at_end), scale_memory(scales * kScaleBlock[which].bytes, at_end);
-  fill(format, codes.data(), bytes, scale_memory.data(), scales, tame, random);
-  const Matrix w{codes.data(), scales ? scale_memory.data() : nullptr, rows, cols};
-
-  // Operands as a pass lays them out: padded rows, whole tiles of them.
-  const int64_t lda = (depth + kPad - 1) / kPad * kPad + kPad, slots = (m + kRowTile - 1) / kRowTile * kRowTile;
-  Memory plain(static_cast<size_t>((slots + kRowTile) * lda * size)), packed(plain.size());
-  const Fenced scratch(scratch_bytes(cols), true);
-  std::memset(plain.data(), 0, plain.size());
-  std::memset(packed.data(), 0, packed.size());
-  std::vector<int64_t> hot(m);
-  for (int64_t r = 0; r < m; ++r) {
-    hot[r] = random.between(0, depth - 1);
-    const uint16_t one = 0x3f80;
-    const float whole = 1;
-    std::memcpy(plain.data() + (r * lda + hot[r]) * size, size == 2 ? static_cast<const void*>(&one) : &whole, size);
-  }
-  const bool takes_packed = along && gemm.pack;
-  if (takes_packed) gemm.pack(plain.data(), lda, m, 0, m, 0, depth, packed.data(), lda);
-
-  const int64_t ldc = (count + kLine - 1) / kLine * kLine;
-  Memory c(static_cast<size_t>((m + 15) / 16 * 16 * ldc) * 4);
-  float* const out = reinterpret_cast<float*>(c.data());
-  for (int64_t i = 0; i < m * ldc; ++i) out[i] = add ? 2.0f : -77.0f;
-  const Strip strip{w, first, count}, next = random.one_in(2) ? strip : Strip{};
-  if (gemm.begin) gemm.begin();
-  (along ? gemm.along : gemm.across)[which](
-      {takes_packed ? packed.data() : plain.data(), lda, m, strip, next, out, ldc, add,
-       reinterpret_cast<std::byte*>(scratch.data())});
-  if (gemm.end) gemm.end();
-  if (!tame) return "";  // NaN and Inf, which loading refuses, may end up anywhere
-  std::vector<float> line(cols);
-  for (int64_t r = 0; r < m; ++r)
-    for (int64_t n = 0; n < count; ++n) {
-      float weight;
-      if (along) decode_row(format, w, first + n, hot[r], 1, &weight);
-      else decode_row(format, w, hot[r], first + n, 1, &weight);
-      const float expected = add ? 2.0f + weight : weight;
-      if (out[r * ldc + n] != expected)
-        return text(gemm.name, " ", kFormatInfo[which].name, along ? " along" : " across", " W [", rows, ", ", cols,
-                    "], strip ", first, " + ", count, ", ", m, " rows: C[", r, ", ", n, "] = ", out[r * ldc + n],
-                    ", not ", expected);
-    }
-  return "";
-}
-
-int fuzz(double seconds, uint64_t seed) {
-  std::vector<std::string> isas;
-  for (const auto& [isa, why_not] : available_isas(cpu_features()))
-    if (why_not.empty()) isas.push_back(isa);
-  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
-  uint64_t done = 0;
-  do {
-    for (const std::string& isa : isas) {
-      force_isa(isa);
-      if (const std::string wrong = fuzz_product(*chosen().kernels, seed + done); !wrong.empty()) {
-        std::printf("%s: %s\nagain by: kjax_robust fuzz 0 %llu\n", isa.c_str(), wrong.c_str(),
-                    static_cast<unsigned long long>(seed + done));
-        return 1;
-      }
-    }
-    ++done;
-  } while (std::chrono::steady_clock::now() < end);
-  std::printf("fuzz: %llu products on each of %zu instruction sets, seed %llu\n", static_cast<unsigned long long>(done),
-              isas.size(), static_cast<unsigned long long>(seed));
-  return 0;
-}
 
 // A small store and a call over it, with adapters that stay on the host where they are asked for.
 struct Example : AdapterArrays {
@@ -287,7 +147,8 @@ struct Example : AdapterArrays {
     if (host >= 0) adapters.emplace(call, AdapterSetting{scales, 0, host}, *this);
     uint64_t hash = 0;
     const auto add = [&](const std::vector<float>& numbers) {
-      hash = hash * 31 + hash_idx(reinterpret_cast<const int32_t*>(numbers.data()), static_cast<int64_t>(numbers.size()));
+      hash =
+          hash * 31 + hash_idx(reinterpret_cast<const int32_t*>(numbers.data()), static_cast<int64_t>(numbers.size()));
     };
     const int32_t slip = experts_forward(call, true, y.data());
     add(y);
@@ -363,8 +224,11 @@ int refusals() {
 
 int steady() {
   bool good = true;
-  for (const auto& [format, adapted] : {std::pair{Format::kBf16, false}, {Format::kFp32, false}, {Format::kBf16, true},
-                                        {Format::kInt4Group32, false}, {Format::kInt4Group32, true}}) {
+  for (const auto& [format, adapted] : {std::pair{Format::kBf16, false},
+                                        {Format::kFp32, false},
+                                        {Format::kBf16, true},
+                                        {Format::kInt4Group32, false},
+                                        {Format::kInt4Group32, true}}) {
     Example example(format, 2, adapted);
     const uint64_t expected = example.results();
     for (int i = 0; i < 3; ++i) example.results();
@@ -379,8 +243,8 @@ int steady() {
   return !good;
 }
 
-// What the first calls on the threads there are take besides weights and the caller's arrays, at the width of DeepSeek-V3
-// and with few tokens: what does not grow with tokens.
+// What the first calls on the threads there are take besides weights and the caller's arrays, at the width of
+// DeepSeek-V3 and with few tokens: what does not grow with tokens.
 int memory() {
   Example example(Format::kInt4Group32, 6, true, 4, 7168, 512);
   const int64_t before = allocated.load();
@@ -423,7 +287,8 @@ int together(double seconds) {
 
 int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "";
-  if (what == "fuzz") return fuzz(argc > 2 ? std::atof(argv[2]) : 10, argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1);
+  if (what == "fuzz")
+    return fuzz(argc > 2 ? std::atof(argv[2]) : 10, argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1);
   if (what == "refusals") return refusals();
   if (what == "steady") return steady();
   if (what == "memory") return memory();
