@@ -53,6 +53,7 @@ def content(family: str, seed: int) -> dict:
             made |= latent | sigmoid | dict(model_type="kimi_k2", rope_scaling=yarn(pick) | {"beta_fast": 1.0},
                                             num_experts_per_tok=pick([4, 8]), routed_scaling_factor=2.827)
         case ["kimi_k25"]:
+            latent |= {"q_lora_rank": latent["q_lora_rank"] or 24}  # without one transformers saves names of its own
             text = made | latent | sigmoid | dict(model_type="kimi_k2", rope_scaling=yarn(pick))
             made = dict(model_type="kimi_k25", text_config=text, vision_config=_VISION, projection_hidden_size=16,
                         tie_word_embeddings=False)
