@@ -59,9 +59,8 @@ class Fit:
         self.params, self.table = models.take_table(params)
         self.console, self.settings, self.total = console, prepared.config.train, prepared.total_steps
         self.schedule = optimizers.schedule(prepared.config.optimizer, self.total)
-        self.evaluation = None if prepared.evaluation is None else Batches(
-            prepared.evaluation, self.settings.rows_per_step, prepared.config.data.max_length,
-            prepared.config.data.rows, shuffle=False, multiple=self.settings.micro_rows or 1)
+        self.evaluation = None if prepared.evaluation is None else Batches.of_run(
+            prepared.config, prepared.evaluation, evaluation=True)
         self.done = self.saved = 0  # steps done; the step of the newest saved state
         self.doing = ""
 

@@ -76,8 +76,7 @@ def prepare(config: Config) -> Job:
         if dataset is not None:
             data.check_ids(dataset.examples, model.vocab_size)
     settings = config.train
-    batches = data.Batches(train, settings.rows_per_step, config.data.max_length, config.data.rows, settings.seed,
-                           multiple=settings.micro_rows or 1)
+    batches = data.Batches.of_run(config, train)
     total = settings.steps or max(1, math.ceil(settings.epochs * len(batches)))
     chosen = storage.choose(config.model.storage, store.size(sources), total) if sources else None
     identity = checkpoint.Identity.of(config, hashed, train.hash)

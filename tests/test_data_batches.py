@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import weights_cases
 
-from kjax import models
+from kjax import config, models
 from kjax.data import IGNORE, Batches, Dataset, Example
 from kjax.data.batches import lengths_ladder, pack
 from kjax.loss import cross_entropy
@@ -112,6 +112,24 @@ def test_few_data_make_few_rows(mode, multiple, rows):
     assert len(batches) == 1 and batches.rows_per_step == rows
     assert batches.batch(5)["tokens"].shape == (rows, 32)
     assert (batches.batch(0)["segments"] > 0).sum() == sum(map(len, (e.ids for row in batches.rows(0) for e in row)))
+
+
+def test_the_batches_of_a_run():
+    """Its settings, each; an evaluation's are the same for every seed."""
+    def settings(**changes):
+        return config.Config(model=config.Model(directory="m"), data=config.Data(dataset="d", max_length=48),
+                             train=config.Train(run_dir="r", **{"rows_per_step": 6, "micro_rows": 3} | changes))
+
+    def same(made, *args, **kwargs):
+        wanted = Batches(dataset(), *args, **kwargs)
+        return len(made) == len(wanted) and all((made.batch(step)[name] == values).all() for step in range(len(made))
+                                                for name, values in wanted.batch(step).items())
+
+    assert same(Batches.of_run(settings(seed=5), dataset()), 6, 48, "packed", seed=5)
+    for seed in (0, 5):
+        assert same(Batches.of_run(settings(seed=seed), dataset(), evaluation=True), 6, 48, "packed", shuffle=False)
+    few = Batches.of_run(settings(), dataset(count=3, longest=9))
+    assert few.rows_per_step == 3 and Batches.of_run(settings(micro_rows=None), dataset(3, 9)).rows_per_step == 1
 
 
 def test_ladder():

@@ -1,5 +1,6 @@
 """What is shown of the data: trained tokens coloured, special tokens visible, nothing a row could act with."""
 
+import dataclasses
 import json
 
 import data_toy
@@ -36,8 +37,23 @@ def test_samples_and_report(settings):
     assert "hello [bold]you[/bold] <b><｜Assistant｜>⟦<think>the</think>cat 喵 \\x1b[31m & <i>" in text
     assert "<i><｜end▁of▁sentence｜>⟧" in text
     assert "d.json, row 1" in text and "d.json, row 2: 128 tokens, cut from" in text
-    for fact in ("rows │ 2 ", "2 of 3 rows (66.67%) to 128 tokens", "dropped │ 1 rows", "steps per epoch", "padding"):
+    for fact in ("rows │ 2 ", "2 of 3 rows (66.67%) to 128 tokens", "dropped │ 1 rows",
+                 "steps per epoch │ 1 of 2 packed rows (the data do not fill 16), "):
         assert fact in text, fact
+
+
+def test_rows_are_held_out_as_the_run_does(settings, tmp_path):
+    rows = [{"instruction": f"a {number}", "output": "the cat"} for number in range(20)]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    shown = {}
+    for seed in (0, 3):
+        made = dataclasses.replace(settings, data=dataclasses.replace(settings.data, val_size=2.0),
+                                   train=dataclasses.replace(settings.train, seed=seed))
+        tokenizer = data.Tokenizer.load(made.model.directory, "deepseekr1")
+        _, held = data.load(made.data, tokenizer, seed)
+        shown[seed] = printed(made, colour=False).rsplit("padding", 1)[1]
+        assert all(f"{example.where}:" in shown[seed] for example in held.examples)
+    assert shown[0] != shown[3]
 
 
 def test_colours(settings):

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from kjax import config
 from kjax.data.dataset import Dataset, Example
 
 IGNORE = -100  # a target that is none
@@ -75,6 +76,14 @@ class Batches:
             self._length = max(self._ladder)
         self.rows_per_step = min(rows_per_step, math.ceil(len(self._rows) / multiple) * multiple)
         self._order: tuple[int, np.ndarray] | None = None
+
+    @classmethod
+    def of_run(cls, settings: config.Config, dataset: Dataset, *, evaluation: bool = False) -> "Batches":
+        """The batches in which a run of these settings trains on a dataset, or evaluates it: then in one order and
+        packed alike for every seed, so that losses of several seeds compare."""
+        train = settings.train
+        return cls(dataset, train.rows_per_step, settings.data.max_length, settings.data.rows,
+                   seed=0 if evaluation else train.seed, shuffle=not evaluation, multiple=train.micro_rows or 1)
 
     def __len__(self) -> int:
         """Steps per epoch."""

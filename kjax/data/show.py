@@ -138,13 +138,16 @@ def show(settings: config.Config, rows: int = 3, console: Console | None = None)
     """Prints samples and reports of the training and evaluation data of a run."""
     tokenizer = Tokenizer.load(settings.model.directory, settings.data.template)
     console = console or Console(highlight=False)
-    for title, dataset in zip(("training data", "evaluation data"), load(settings.data, tokenizer), strict=True):
-        if dataset is not None:
-            batches = Batches(dataset, settings.train.rows_per_step, settings.data.max_length, settings.data.rows,
-                              settings.train.seed, multiple=settings.train.micro_rows or 1)
-            extra = [("steps per epoch", f"{len(batches):,} of {settings.train.rows_per_step} "
-                                         f"{settings.data.rows} rows, {batches.padded_share():.1%} padding")]
-            console.print(preview(dataset, tokenizer, rows, title, extra if title == "training data" else ()))
+    train, evaluation = load(settings.data, tokenizer, settings.train.seed)
+    batches = Batches.of_run(settings, train)
+    wanted = settings.train.rows_per_step
+    steps = f"{len(batches):,} of {batches.rows_per_step} {settings.data.rows} rows"
+    if batches.rows_per_step < wanted:
+        steps += f" (the data do not fill {wanted})"
+    extra = [("steps per epoch", f"{steps}, {batches.padded_share():.1%} padding")]
+    console.print(preview(train, tokenizer, rows, "training data", extra))
+    if evaluation is not None:
+        console.print(preview(evaluation, tokenizer, rows, "evaluation data"))
     if console.color_system is None:
         console.print("⟦ ⟧ trained")
         return

@@ -144,7 +144,7 @@ class Sizes:
         return 3 * 2.0 * self.expert_adapters / experts * self.routes * self.model.num_moe_layers
 
     def work(self, operations: float, stash: float) -> list[Row]:
-        rows = [Row("tokens", self.tokens, "places; packing fills almost all of them"),
+        rows = [Row("tokens", self.tokens, "places of a full step; packing fills almost all of them"),
                 Row("device operations", operations, "matrix products, forward, recompute and backward")]
         if self.hosted:
             again = self.missed(stash) * self.route_operations * 2 / 3
