@@ -1,6 +1,7 @@
 """The directory of a run, locked while it is in use and never overwritten unasked, and the result of a run."""
 
 import base64
+import contextlib
 import fcntl
 import html
 import json
@@ -28,6 +29,8 @@ LEFTOVERS = f".{ADAPTER}.partial"  # of an adapter whose writing was cut short
 class RunDirectory:
     """A run directory held by this process; a context manager that takes and releases its lock.
 
+    A run that ends before it wrote anything leaves nothing that was not there before it.
+
     Attributes: path; checkpoints; adapter: the directory of the newest adapter.
     """
 
@@ -39,11 +42,12 @@ class RunDirectory:
         self.checkpoints = Checkpoints(self.path / SAVED, keep)
         self.adapter = self.path / ADAPTER
         self._resume, self._overwrite, self._lock = resume, overwrite, None
+        self._made_lock, self._made = False, []  # the lock file; directories, innermost first: new with this run
 
     def __enter__(self) -> "RunDirectory":
         self._require_own()
-        self._take_lock()
         try:
+            self._take_lock()
             self._require_allowed()
         except BaseException:
             self.__exit__()
@@ -52,8 +56,14 @@ class RunDirectory:
 
     def __exit__(self, *_) -> None:
         if self._lock is not None:
+            if self._made_lock and not self._present():
+                with contextlib.suppress(OSError):
+                    (self.path / LOCK).unlink()
             os.close(self._lock)
             self._lock = None
+        with contextlib.suppress(OSError):  # up to the first that is not empty
+            for directory in self._made:
+                directory.rmdir()
 
     def _present(self) -> list[str]:
         return [name for name in (*FILES, BOARD, SAVED, ADAPTER) if os.path.lexists(self.path / name)]
@@ -68,24 +78,29 @@ class RunDirectory:
                            "choose another run_dir")
 
     def _take_lock(self) -> None:
+        lock = self.path / LOCK
         try:
+            self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            self._made_lock = not lock.exists()
+            held = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise RunError(f"{self.path}: the run directory is not writable ({error.strerror}); choose another run_dir "
                            "or change its permissions") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(held), os.stat(lock)):
+                raise FileNotFoundError  # its holder removed it since it was opened: it locks nothing
         except OSError as error:
-            holder = _holder(self.path / LOCK)
-            self.__exit__()
+            holder = _holder(lock)
+            os.close(held)
             raise RunError(f"{self.path}: in use by {holder}; wait for it, stop it, or choose another run_dir"
                            ) from error
+        self._lock = held
         try:
-            os.ftruncate(self._lock, 0)
-            os.write(self._lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+            os.ftruncate(held, 0)
+            os.write(held, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         except OSError as error:
-            self.__exit__()
             raise RunError(f"{self.path}: the run directory is not writable ({error.strerror})") from error
 
     def _require_allowed(self) -> None:
@@ -145,8 +160,12 @@ class RunDirectory:
     def write(self, name: str, text: str) -> None:
         """Write a small file of the run, replacing it as a whole."""
         partial = self.path / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.path / name)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, self.path / name)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def _children(directory: Path) -> list[Path]:

@@ -1,6 +1,8 @@
 """Saved states and the run directory: whole or absent, checked file by file, locked, never overwritten unasked."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -228,6 +230,59 @@ def test_a_lock_held_by_another_process(tmp_path):
         holder.kill()
     with open_directory(tmp_path / "run"):
         pass  # a lock dies with its process
+
+
+def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "runs" / "first", tmp_path / "empty"):
+        with pytest.raises(KeyError):
+            with open_directory(path):
+                assert (path / ".lock").exists()
+                raise KeyError
+    assert [child.name for child in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_what_was_there_before_a_refused_run_stays(tmp_path):
+    """Another run's lock, a file of the user, the lock of an earlier run."""
+    with open_directory(tmp_path / "runs" / "first"):
+        with pytest.raises(RunError, match="in use"):
+            open_directory(tmp_path / "runs" / "first").__enter__()
+        assert (tmp_path / "runs" / "first" / ".lock").exists()
+        with open_directory(tmp_path / "runs" / "second"):
+            pass
+        assert sorted(child.name for child in (tmp_path / "runs").iterdir()) == ["first"]
+    (tmp_path / "mine").mkdir()
+    for name in ("notes.txt", ".lock"):
+        (tmp_path / "mine" / name).write_text("")
+        with open_directory(tmp_path / "mine"):
+            pass
+        assert name in os.listdir(tmp_path / "mine")
+    assert sorted(os.listdir(tmp_path)) == ["mine"]
+
+
+def test_a_file_that_cannot_be_written_leaves_no_part(tmp_path, monkeypatch):
+    def full(path, text, encoding):
+        path.write_bytes(text[:2].encode())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(type(tmp_path), "write_text", full)
+    with pytest.raises(OSError), open_directory(tmp_path / "full") as directory:
+        directory.write("config.gin", "text")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_removed_while_it_is_opened_locks_nothing(tmp_path, monkeypatch):
+    """The holder of a lock gives it up, and removes it, between another's opening and locking it."""
+    holder = open_directory(tmp_path / "run").__enter__()
+    flock = fcntl.flock
+
+    def give_up_first(*args):
+        holder.__exit__()
+        flock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", give_up_first)
+    with pytest.raises(RunError, match="in use by another process"):
+        open_directory(tmp_path / "run").__enter__()
 
 
 def test_a_run_is_never_overwritten_unasked(tmp_path):

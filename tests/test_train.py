@@ -18,7 +18,7 @@ import tiny
 from rich.console import Console
 
 from kjax import adapters, checkpoint, gin_config, log
-from kjax.errors import DataError, RunError
+from kjax.errors import DataError, KjaxError, RunError
 from kjax.fit import Fit
 from kjax.offload.resident import Resident
 from kjax.progress import StepProgress
@@ -318,6 +318,15 @@ def test_a_disk_too_small_is_found_before_loading(workshop, monkeypatch):
     monkeypatch.setattr("kjax.run.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(RunError, match="full: the saved states need .* kB, 1.0 kB are free: lower Train.keep"):
         train(tiny.settings(workshop, "full"), console=quiet())
+    assert not (workshop / "full").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"lora__targets": ("nosuch_proj",)}, {"data__max_length": 4},
+                                   {"model__directory": "nowhere"}])
+def test_a_refused_run_leaves_nothing(workshop, wrong):
+    with pytest.raises(KjaxError):
+        train(tiny.settings(workshop, "runs/refused", **wrong), console=quiet())
+    assert not (workshop / "runs").exists()
 
 
 def test_memory_on_another_node_is_told_before_the_steps(workshop, monkeypatch):
