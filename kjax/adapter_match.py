@@ -7,7 +7,7 @@ from kjax.adapter_layouts import DOWN, EXPERTS, GATE, MATRICES, Fused, Reader, m
 from kjax.errors import CheckpointError
 from kjax.lora import Linears, LoraSpec
 from kjax.peft_config import Settings
-from kjax.weights.safetensors import quote
+from kjax.weights.files import quote
 
 DTYPES = ("F32", "BF16", "F16", "F64")
 Found = Mapping[str, tuple[str, tuple[int, ...]]]  # a tensor's name -> its dtype and shape

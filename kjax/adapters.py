@@ -27,7 +27,7 @@ from kjax.adapter_match import listed, match
 from kjax.errors import CheckpointError, ConfigError, RunError
 from kjax.lora import Linears, LoraSpec, group
 from kjax.progress import bytes_bar
-from kjax.weights.safetensors import parse_json, quote
+from kjax.weights.files import parse_json, quote
 from kjax.weights.writer import Part, sync, write_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

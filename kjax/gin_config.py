@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from kjax import config as settings
-from kjax import gin_reader
+from kjax import gin_names, gin_reader
 from kjax.errors import ConfigError
-from kjax.gin_reader import CLASSES, Binding, Macro, hints
+from kjax.gin_names import CLASSES, hints
+from kjax.gin_reader import Binding, Macro
 
 REQUIRED = "gin.REQUIRED"
 
@@ -59,7 +60,7 @@ def resolve(files: Files = (), bindings: Bindings = (), fallback: Mapping[str, A
     for name, binding in macros.items():
         if name not in used:
             warnings.warn(f"{binding.origin}: nothing uses the macro {name}"
-                          f"{gin_reader.near(name, used) or gin_reader.suggest(name)}", stacklevel=3)
+                          f"{gin_names.near(name, used) or gin_names.suggest(name)}", stacklevel=3)
     return Resolved(config, origins)
 
 
@@ -111,7 +112,7 @@ def _bind_command_line(bindings: Bindings, macros: dict[str, Binding], bound: di
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
             raise ConfigError(f"{where}: {name!r} is not a name; write --gin.Lora.rank=16 or --gin.RANK=16")
         selector, _, argument = name.rpartition(".")
-        key, is_macro = gin_reader.key_of("", selector or argument, argument if selector else "", where)
+        key, is_macro = gin_names.key_of("", selector or argument, argument if selector else "", where)
         if is_macro:
             named.append((key, value, raw, where))
         else:
@@ -119,7 +120,7 @@ def _bind_command_line(bindings: Bindings, macros: dict[str, Binding], bound: di
     for key, value, raw, where in named:
         if not (wanted := _macro_hints(key, macros, bound)):
             raise ConfigError(f"{where}: no setting uses the macro {key}"
-                              f"{gin_reader.near(key, macros) or gin_reader.suggest(key)}")
+                              f"{gin_names.near(key, macros) or gin_names.suggest(key)}")
         gin_reader.bind(macros, key, _checked(value, raw, wanted, where), where)
 
 

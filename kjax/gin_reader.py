@@ -4,38 +4,22 @@ Everything refused is refused with file and line. gin itself would run `import` 
 keep its bindings in process-wide state; only its parser is used here, and the bindings stay data.
 """
 
-import difflib
-import functools
 import io
 import math
 import re
 import tokenize
-import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gin import config_parser
 
-from kjax import config as settings
 from kjax.errors import ConfigError
+from kjax.gin_names import CLASSES, class_name, key_of, near
 
 PACKAGED = Path(__file__).parent / "configs"
-CLASSES = {cls.__name__: cls for cls in
-           (settings.Model, settings.Lora, settings.Data, settings.Optimizer, settings.Train)}
 MAX_BYTES = 1 << 20  # a gin file is written by hand; a larger one is something else
 MAX_DEPTH = 32  # nested brackets in one value: far above any use, far below Python's recursion limit
-
-# Names that users of other trainers (LLaMA-Factory, peft, transformers) type first.
-SYNONYMS = {
-    "lr": "Optimizer.learning_rate", "batch_size": "Train.rows_per_step", "cutoff_len": "Data.max_length",
-    "per_device_train_batch_size": "Train.rows_per_step", "gradient_accumulation_steps": "Train.rows_per_step",
-    "max_seq_length": "Data.max_length", "lora_rank": "Lora.rank", "r": "Lora.rank", "lora_alpha": "Lora.alpha",
-    "lora_dropout": "Lora.dropout", "lora_target": "Lora.targets", "target_modules": "Lora.targets",
-    "num_train_epochs": "Train.epochs", "max_steps": "Train.steps", "output_dir": "Train.run_dir",
-    "model_name_or_path": "Model.directory", "model_path": "Model.directory", "max_grad_norm": "Optimizer.clip_norm",
-    "lr_scheduler_type": "Optimizer.schedule", "packing": "Data.rows",
-}
 
 
 class Macro(NamedTuple):
@@ -205,7 +189,7 @@ def _read(path: Path, shown: str, macros: dict, bound: dict, including: tuple[Pa
             target, label = _find_include(statement.filename, path, shown, where)
             _read(target, label, macros, bound, (*including, real))
         elif isinstance(statement, config_parser.BlockDeclaration):
-            _class_name(statement.scope, statement.selector, where)
+            class_name(statement.scope, statement.selector, where)
         else:
             key, is_macro = key_of(statement.scope, statement.selector, statement.arg_name, where)
             if key in seen:
@@ -234,50 +218,6 @@ def macro_names(value: Any) -> Iterator[str]:
             yield from macro_names(item)
 
 
-def key_of(scope: str, selector: str, argument: str, where: str) -> tuple[str, bool]:
-    """("Lora.rank", False), or ("RANK", True) for a macro. Unknown names are refused with a suggestion."""
-    if not argument:
-        if scope:
-            raise ConfigError(f"{where}: {scope}/{selector}: scopes have no meaning here")
-        return selector, True
-    name = _class_name(scope, selector, where, argument)
-    if argument not in hints(name):
-        raise ConfigError(f"{where}: {name} has no setting {argument!r}{suggest(argument, name)}; "
-                          f"it has {', '.join(hints(name))}")
-    return f"{name}.{argument}", False
-
-
-def _class_name(scope: str, selector: str, where: str, argument: str = "") -> str:
-    if scope:
-        raise ConfigError(f"{where}: {scope}/{selector}: scopes have no meaning here; write {selector} alone")
-    name = selector.removeprefix("kjax.").removeprefix("config.")
-    if name in CLASSES:
-        return name
-    raise ConfigError(f"{where}: unknown name {selector!r}{near(name, CLASSES) or suggest(argument)}; "
-                      f"bindable are {', '.join(CLASSES)}, and macros")
-
-
-def near(word: str, words: Iterable[str]) -> str:
-    """"; did you mean ...?", or nothing when no word comes near."""
-    lower = {w.lower(): w for w in words}
-    close = difflib.get_close_matches(word.lower(), lower, n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(lower[c] for c in close)}?" if close else ""
-
-
-def suggest(argument: str, name: str = "") -> str:
-    """As `near`, over the settings of all classes (`name` first) and their names in other trainers."""
-    homes = [f"{cls}.{argument}" for cls in CLASSES if argument in hints(cls)]
-    if not homes and argument.lower() in SYNONYMS:
-        homes = [SYNONYMS[argument.lower()]]
-    if homes:
-        return f"; did you mean {' or '.join(homes)}?"
-    if name and (own := near(argument, hints(name))):
-        return own
-    fields = {field: f"{cls}.{field}" for cls in CLASSES for field in hints(cls)}
-    close = difflib.get_close_matches(argument.lower(), fields, n=1, cutoff=0.6)
-    return f"; did you mean {fields[close[0]]}?" if close else ""
-
-
 def check_value(value, what: str):
     """Numbers are finite (gin reads 1e400 as inf), nothing is called, and all else has a JSON equivalent."""
     if isinstance(value, Call):
@@ -293,9 +233,3 @@ def check_value(value, what: str):
         raise ConfigError(f"{what}: the number is not finite")
     elif isinstance(value, (bytes, complex)):
         raise ConfigError(f"{what}: {value!r} is neither text nor a real number")
-
-
-@functools.cache
-def hints(name: str) -> dict[str, Any]:
-    """The settings of a class with their types."""
-    return typing.get_type_hints(CLASSES[name])

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from kjax import adapters, checkpoint, data, lora, models, optimizer
+from kjax import adapters, data, lora, lora_targets, models, optimizer
 from kjax.config import Config
+from kjax.identity import Identity, base_hash
 from kjax.offload import host_lora, storage, store
 from kjax.weights.account import account, expert_sources
 from kjax.weights.safetensors import Checkpoint
@@ -35,7 +36,7 @@ class Job:
     expert_dtype: str
     storage: storage.Storage | None
     base: adapters.Base
-    identity: checkpoint.Identity
+    identity: Identity
 
     @property
     def table(self) -> lora.Table:
@@ -64,10 +65,10 @@ def prepare(config: Config) -> Job:
         account(files, model, models.abstract_params(model, config.model.dtype, config.model.experts))
         hosted = model.num_moe_layers and config.model.experts == "host"
         sources = expert_sources(files, model) if hosted else None
-        hashed = checkpoint.base_hash(files.directory, entries)
+        hashed = base_hash(files.directory, entries)
     tree = None
     if config.model.adapter is None:
-        spec = lora.resolve(config.lora, linears)
+        spec = lora_targets.resolve(config.lora, linears)
     else:
         spec, tree = adapters.load(config.model.adapter, linears, base)
     tokenizer = data.Tokenizer.load(config.model.directory, template=config.data.template)
@@ -79,7 +80,7 @@ def prepare(config: Config) -> Job:
     batches = data.Batches.of_run(config, train)
     total = settings.steps or max(1, math.ceil(settings.epochs * len(batches)))
     chosen = storage.choose(config.model.storage, store.size(sources), total) if sources else None
-    identity = checkpoint.Identity.of(config, hashed, train.hash)
+    identity = Identity.of(config, hashed, train.hash)
     return Job(config, model, linears, spec, tree, tokenizer, train, evaluation, batches, total,
                sources[0][0]["gate_proj"].dtype if sources else "", chosen, base, identity)
 

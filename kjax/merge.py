@@ -27,8 +27,9 @@ from kjax.models import ModelConfig, linears
 from kjax.offload.formats import Quantised, decode
 from kjax.weights import stored
 from kjax.weights.encode import encode
+from kjax.weights.files import quote
 from kjax.weights.rewrite import check_target, identify, rewrite
-from kjax.weights.safetensors import DTYPES, Checkpoint, quote
+from kjax.weights.safetensors import DTYPES, Checkpoint
 from kjax.weights.writer import Part, Tensor, copied
 
 ROUNDINGS = ("stochastic", "nearest")

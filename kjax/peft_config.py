@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kjax.adapter_layouts import EXPERTS, GATE, Fused, modules
 from kjax.errors import CheckpointError, ConfigError
 from kjax.lora import Adapter, Linears, LoraSpec
-from kjax.weights.safetensors import quote
+from kjax.weights.files import quote
 
 # What PEFT can put into a LoRA that the formula y = W x + scale * B A x does not hold. Other keys, known or not,
 # leave the formula alone.

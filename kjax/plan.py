@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from kjax import hosted, lora, models, optimizer, step
+from kjax import hosted, lora, lora_targets, models, optimizer, step
 from kjax.config import Config
 from kjax.offload import host_lora
 from kjax.planning import advice, memory, sizes, speed
@@ -59,7 +59,8 @@ class Traced(NamedTuple):
 
 def hosts_adapters(config: Config, model: models.ModelConfig, on_cpu: bool) -> bool:
     """Whether the adapters of routed experts, if there are any, live on the host."""
-    adapted = any(lora.group(path) == "experts" for path in lora.resolve(config.lora, models.linears(model)).paths)
+    spec = lora_targets.resolve(config.lora, models.linears(model))
+    adapted = any(lora.group(path) == "experts" for path in spec.paths)
     stored = config.model.experts == "host" and model.num_moe_layers > 0
     return host_lora.on_host(config.lora.experts_home, adapted, stored, accelerator=not on_cpu)
 
@@ -71,7 +72,7 @@ def abstract_step(config: Config, model: models.ModelConfig, on_cpu: bool):
     """
     settings, dtype = config.train, jnp.dtype(config.model.dtype)
     linears = models.linears(model)
-    spec = lora.resolve(config.lora, linears)
+    spec = lora_targets.resolve(config.lora, linears)
     hosted_adapters = hosts_adapters(config, model, on_cpu)
     store = _Store(model.hidden_size, "ffi" if on_cpu else "pure_callback") \
         if config.model.experts == "host" and model.num_moe_layers else None
@@ -132,7 +133,7 @@ def plan(config: Config, on: Machine) -> Plan:
         if key not in traces:
             traces[key] = traced(changed, model, machine.device is None)
         found = traces[key]
-        spec = lora.resolve(changed.lora, models.linears(model))
+        spec = lora_targets.resolve(changed.lora, models.linears(model))
         table = lora.table(spec, models.linears(model), int(counts[-2].amount))
         trained = {row.group: row.parameters for row in table.rows[:-1]}
         hosted_adapters = hosts_adapters(changed, model, machine.device is None)

@@ -21,8 +21,9 @@ from kjax.models.quantization import FP8_BLOCK, FP8_CHANNEL, INT4_GROUP, INT8_GR
 from kjax.offload.formats import FORMATS, Quantised, decode
 from kjax.weights import stored
 from kjax.weights.encode import encode
+from kjax.weights.files import quote
 from kjax.weights.rewrite import check_target, identify, rewrite
-from kjax.weights.safetensors import Checkpoint, quote
+from kjax.weights.safetensors import Checkpoint
 from kjax.weights.writer import Part, Tensor, copied
 
 ROUTED = re.compile(r"\.mlp\.experts\.\d+\.(gate_proj|up_proj|down_proj)\.weight$")  # of every layer, MTP's too

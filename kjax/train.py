@@ -2,10 +2,11 @@
 
 from rich.console import Console
 
-from kjax import _ext, checkpoint, env, job, models
+from kjax import _ext, env, job, models
 from kjax.config import Config
 from kjax.errors import RunError
 from kjax.fit import Fit
+from kjax.identity import Identity, differences
 from kjax.offload import stash
 from kjax.offload.store import ExpertStore
 from kjax.progress import banner
@@ -60,8 +61,8 @@ def _saved_state(directory: RunDirectory, console: Console) -> dict:
     return directory.checkpoints.latest()[1]
 
 
-def _compare(saved: dict, identity: checkpoint.Identity, console: Console, *, force: bool) -> None:
-    said, binding = checkpoint.differences(saved, identity)
+def _compare(saved: dict, identity: Identity, console: Console, *, force: bool) -> None:
+    said, binding = differences(saved, identity)
     for line in said:
         console.print(f"differs from the saved state: {line}", soft_wrap=True, markup=False)
     if binding and not force:

@@ -17,7 +17,7 @@ import make_goldens
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kjax import adapters, config, lora
+from kjax import adapters, config, lora, lora_targets
 from kjax.models import ModelConfig, linears
 
 GOLDENS = Path(__file__).parent / "goldens_peft"
@@ -48,7 +48,7 @@ def content(case: str) -> dict:
 def spec_of(case: str) -> tuple[lora.LoraSpec, dict]:
     """The adapters of a case, and the model's linears."""
     found = linears(ModelConfig.from_json(content(case)))
-    return lora.resolve(LORA[case], found), found
+    return lora_targets.resolve(LORA[case], found), found
 
 
 def random_lora(case: str, seed: int, b: float) -> dict:

@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from kjax import adapters, lora, peft_config
+from kjax import adapters, lora, lora_targets, peft_config
 from kjax.config import Lora
 from kjax.errors import CheckpointError, ConfigError, RunError
 from kjax.lora import Adapter, LoraSpec, Size
@@ -31,7 +31,7 @@ BASE = adapters.Base("models/tiny", "c0", "70", "33")
 
 def make(*targets, seed=0, **settings):
     """A spec, and a tree without zeros."""
-    spec = lora.resolve(Lora(targets=targets, **settings), LINEARS)
+    spec = lora_targets.resolve(Lora(targets=targets, **settings), LINEARS)
     rng = np.random.default_rng(seed)
     return spec, jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), lora.abstract(spec, LINEARS))
 

@@ -16,12 +16,13 @@ import pytest
 
 from kjax import checkpoint, config, step
 from kjax.errors import RunError
+from kjax.identity import Identity, differences
 from kjax.optimizer import optimizer
 from kjax.run import RunDirectory
 
 CONFIG = config.Config(model=config.Model(directory="base"), data=config.Data(dataset="rows.jsonl"),
                        train=config.Train(run_dir="run"))
-IDENTITY = checkpoint.Identity.of(CONFIG, base="b" * 64, dataset="d" * 64)
+IDENTITY = Identity.of(CONFIG, base="b" * 64, dataset="d" * 64)
 
 
 def make_state(number=3, seed=0, rank=2):
@@ -186,11 +187,11 @@ def test_a_kill_during_a_save_leaves_the_state_before(tmp_path, checkpoints, mom
 def test_differences_are_listed_and_weighed(checkpoints):
     save(checkpoints, 1)
     manifest = checkpoints.latest()[1]
-    assert checkpoint.differences(manifest, IDENTITY) == ([], [])
+    assert differences(manifest, IDENTITY) == ([], [])
     changed = dataclasses.replace(
         CONFIG, train=dataclasses.replace(CONFIG.train, run_dir="elsewhere", save_steps=5, seed=1),
         lora=dataclasses.replace(CONFIG.lora, targets=("shared",)))
-    said, binding = checkpoint.differences(manifest, checkpoint.Identity.of(changed, "b" * 64, "e" * 64))
+    said, binding = differences(manifest, Identity.of(changed, "b" * 64, "e" * 64))
     assert said == ["lora.targets: ['attention'] -> ['shared']", "train.save_steps: None -> 5", "train.seed: 0 -> 1",
                     "the dataset's tokens: dddddddddddd -> eeeeeeeeeeee (SHA-256)"]
     assert binding == [said[0], said[2], said[3]]

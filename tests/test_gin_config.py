@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from kjax import config, gin_config, gin_reader
+from kjax import config, gin_config, gin_names, gin_reader
 from kjax.errors import ConfigError
 
 COMPLETE = "Model.directory = 'base'\nData.dataset = 'rows.jsonl'\nTrain.run_dir = 'runs/x'\n"
@@ -271,7 +271,7 @@ def test_text_round_trip(gin, defaults):
     floats = replace(AWKWARD, train=replace(AWKWARD.train, epochs=3.0), optimizer=replace(
         AWKWARD.optimizer, learning_rate=1.0), lora=replace(AWKWARD.lora, alpha_pattern={"shared": 4.0}))
     assert floats == AWKWARD and gin_config.text(floats, defaults) == written  # equal configs, equal texts
-    every = sum(len(typing.get_type_hints(cls)) for cls in gin_reader.CLASSES.values())
+    every = sum(len(typing.get_type_hints(cls)) for cls in gin_names.CLASSES.values())
     bindings = [line for line in written.splitlines() if line and not line.startswith("#")]
     assert (len(bindings) == every) is defaults
 

@@ -9,7 +9,7 @@ import pytest
 from make_goldens import CASES, draw
 from weights_cases import BYTE_VOCABULARY, V3, rewrite, tensors_of, write, write_tokenizer
 
-from kjax import adapters, config, lora
+from kjax import adapters, config, lora, lora_targets
 from kjax.errors import CheckpointError, ConfigError, DataError
 from kjax.load import load
 from kjax.models import ModelConfig, linears
@@ -87,7 +87,7 @@ def test_tokens_that_do_not_fit(v3, tokens, message):
 def random_adapter(directory, base):
     """A PEFT directory for V3 with random B, and W + scale * B A of every adapted tensor by its checkpoint name."""
     sizes = linears(ModelConfig.from_json(V3))
-    spec = lora.resolve(config.Lora(targets=("attention", "shared", "dense"), rank=3, alpha=6.0,
+    spec = lora_targets.resolve(config.Lora(targets=("attention", "shared", "dense"), rank=3, alpha=6.0,
                                     rank_pattern={"shared": 2}), sizes)
     rng = np.random.default_rng(1)
     tree = {}
@@ -192,7 +192,7 @@ def test_template_of_the_adapter_goes_before_the_model_s(tmp_path):
         assert model.tokenizer.render([{"role": "user", "content": "a"}])[0][0] == 256
         base = model.base
     sizes = linears(ModelConfig.from_json(V3))
-    spec = lora.resolve(config.Lora(targets=("o_proj",)), sizes)
+    spec = lora_targets.resolve(config.Lora(targets=("o_proj",)), sizes)
     template = "{% for m in messages %}<user>{{ m.content }}{% endfor %}"
     adapters.save(tmp_path / "adapter", lora.init(spec, sizes, jax.random.key(0)), spec, sizes, base=base,
                   chat_template=template)

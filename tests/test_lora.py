@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from kjax import lora
+from kjax import lora, lora_targets
 from kjax.config import Lora
 from kjax.errors import ConfigError
 from kjax.lora import Adapter, Size
@@ -27,7 +27,7 @@ LINEARS = {
 
 
 def resolve(*targets, **settings):
-    return lora.resolve(Lora(targets=targets, **settings), LINEARS)
+    return lora_targets.resolve(Lora(targets=targets, **settings), LINEARS)
 
 
 def message(*targets, **settings) -> str:
@@ -90,14 +90,14 @@ def test_a_target_that_cannot_be_is_refused(target, says):
 
 def test_a_router_among_the_linears_is_passed_over():
     linears = LINEARS | {"moe_layers/mlp/gate": Size(3, 64, 8)}
-    spec = lora.resolve(Lora(targets=(r".*mlp\..*",)), linears)
+    spec = lora_targets.resolve(Lora(targets=(r".*mlp\..*",)), linears)
     assert spec.paths and "moe_layers/mlp/gate" not in spec.paths
 
 
 def test_a_group_the_model_lacks_names_what_there_is():
     linears = {path: size for path, size in LINEARS.items() if path.startswith("moe_layers")}
     with pytest.raises(ConfigError, match="'dense' matches nothing.*the groups attention, shared, experts and"):
-        lora.resolve(Lora(targets=("dense",)), linears)
+        lora_targets.resolve(Lora(targets=("dense",)), linears)
 
 
 def test_nothing_left_after_exclusion():
@@ -191,7 +191,7 @@ def test_table_in_rich_and_without_a_base():
 
 def test_table_needs_no_memory_at_the_largest_size():
     linears = {"moe_layers/self_attn/o_proj": Size(58, 16384, 7168)}
-    table = lora.table(lora.resolve(Lora(targets=("o_proj",), rank=64), linears), linears)
+    table = lora.table(lora_targets.resolve(Lora(targets=("o_proj",), rank=64), linears), linears)
     assert table.rows[-1].parameters == 58 * 64 * (16384 + 7168)
     assert "349.7 MB" in str(table) and "1.4 GB" in str(table)
 
@@ -200,7 +200,7 @@ def test_routed_experts_are_counted_by_expert():
     """Rank 8 on all routed experts of DeepSeek-V3."""
     linears = {f"moe_layers/mlp/experts/{name}": Size(58, *size, 256) for name, size in
                (("gate_proj", (7168, 2048)), ("up_proj", (7168, 2048)), ("down_proj", (2048, 7168)))}
-    spec = lora.resolve(Lora(targets=("experts",)), linears)
+    spec = lora_targets.resolve(Lora(targets=("experts",)), linears)
     table = lora.table(spec, linears)
     assert [tuple(row)[:2] for row in table] == [("experts", 3_284_140_032), ("total", 3_284_140_032)]
     assert lora.count(lora.abstract(spec, linears)) == 3_284_140_032 and "13.1 GB" in str(table)

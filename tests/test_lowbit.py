@@ -17,7 +17,7 @@ import weights_cases
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import kjax
-from kjax import config, lora, step
+from kjax import config, lora, lora_targets, step
 from kjax.errors import ConfigError, DataError
 from kjax.models import ModelConfig, Transformer, abstract_params, linears, unembed
 from kjax.offload import formats
@@ -141,7 +141,7 @@ def test_gradients_are_those_of_the_plain_dequantised_model(weights, config_json
     assert jax.tree.map(jnp.shape, {k: v for k, v in low.items() if k != "embed_tokens" or made.tie_word_embeddings}) \
         == jax.tree.map(lambda leaf: leaf.shape, abstract_params(made, "float32", "device", weights))
     groups = {lora.group(path) for path in linears(made)} & {"attention", "shared", "dense"}
-    spec = lora.resolve(config.Lora(targets=tuple(sorted(groups)), rank=3), linears(made))
+    spec = lora_targets.resolve(config.Lora(targets=tuple(sorted(groups)), rank=3), linears(made))
     tree = jax.tree.map(lambda leaf: leaf + 0.02, lora.init(spec, linears(made), jax.random.key(1)))
     tokens = np.random.default_rng(2).integers(0, made.vocab_size, (4, 7)).astype(np.int32)
     table = meant["embed_tokens"]["weight"]
@@ -166,7 +166,7 @@ def test_gradients_are_those_of_the_plain_dequantised_model(weights, config_json
 def traced_step(config_json, weights, layers, dtype="bfloat16", micro_rows=None):
     rows, length = 2, 16
     made = ModelConfig.from_json(config_json | {"num_hidden_layers": layers})
-    spec = lora.resolve(config.Lora(rank=2), linears(made))
+    spec = lora_targets.resolve(config.Lora(rank=2), linears(made))
     params = abstract_params(made, dtype, "device", weights)
     model = Transformer(made, lora=spec, dtype=jnp.dtype(dtype), micro_rows=micro_rows)
     batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in ("targets", "positions", "segments")}

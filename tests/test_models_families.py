@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from make_goldens import MARGIN, least_margin, random_params, text_model, torch_model, torch_name
 
-from kjax import lora
+from kjax import lora, lora_targets
 from kjax.config import Lora
 from kjax.models import ModelConfig, Transformer, abstract_params, linears, unembed
 from kjax.weights.load import load_params
@@ -131,7 +131,8 @@ def test_a_saved_model_is_read_and_computes_as_transformers(family, number, requ
 
     # Routed experts are one stacked tensor in transformers, which peft adapts otherwise: tests/test_peft_parity.py.
     found = {path: size for path, size in linears(config).items() if size.experts is None}
-    spec = lora.resolve(Lora(targets=sorted({lora.group(path) for path in found}), rank=RANK, alpha=ALPHA), found)
+    groups = sorted({lora.group(path) for path in found})
+    spec = lora_targets.resolve(Lora(targets=groups, rank=RANK, alpha=ALPHA), found)
     tree = random_lora(spec, found, number)
     named = by_name(tree, found)
     ours = kjax_results(config, spec, tree, read, tokens)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from make_peft_goldens import GOLDENS, LORA, OPTIMIZER
 
-from kjax import adapters, lora, step
+from kjax import adapters, lora, lora_targets, step
 from kjax.config import Lora
 from kjax.models import ModelConfig, Transformer, linears, unembed
 from kjax.offload.store import ExpertStore
@@ -108,7 +108,7 @@ def test_our_attention_adapter_needs_no_workaround(case, peft, tmp_path):
     torch = pytest.importorskip("torch")
     content, found = oracle.content(case), oracle.spec_of(case)[1]
     config = ModelConfig.from_json(content)
-    spec = lora.resolve(Lora(targets=("attention",), rank=2, alpha=3.0, rank_pattern={"o_proj": 3}), found)
+    spec = lora_targets.resolve(Lora(targets=("attention",), rank=2, alpha=3.0, rank_pattern={"o_proj": 3}), found)
     random = np.random.RandomState(0)
     tree = jax.tree.map(lambda leaf: 0.3 * random.standard_normal(leaf.shape).astype(np.float32),
                         lora.abstract(spec, found))

@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from kjax.errors import CheckpointError
-from kjax.weights.safetensors import DTYPES, INDEX, SINGLE, Checkpoint, TensorEntry, parse_json
+from kjax.weights.files import parse_json
+from kjax.weights.safetensors import DTYPES, INDEX, SINGLE, Checkpoint, TensorEntry
 
 
 def container(header, data: bytes) -> bytes:

@@ -1,8 +1,10 @@
 """How weights are read: each shard opened once and read from begin to end, with little memory beside the result."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -23,8 +25,8 @@ def test_each_shard_is_opened_once_and_read_in_order(tmp_path, monkeypatch, weig
     """Of an FP8 checkpoint whose scales lie in other shards than their weights."""
     source, _ = weights_cases.write(tmp_path / "model", quantised_cases.SIZES)
     directory, *_ = quantised_cases.write(tmp_path, source, "fp8")
-    opened, read, plain_open, plain_read = [], [], safetensors._open, Checkpoint.read_bytes
-    monkeypatch.setattr(safetensors, "_open", lambda path, shown: opened.append(path) or plain_open(path, shown))
+    opened, read, plain_open, plain_read = [], [], os.open, Checkpoint.read_bytes
+    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(Path(path)) or plain_open(path, *rest))
     monkeypatch.setattr(Checkpoint, "read_bytes", lambda self, entry, out, offset=0: read.append(
         (entry, offset)) or plain_read(self, entry, out, offset))
     monkeypatch.setattr(load, "WORKERS", 1)

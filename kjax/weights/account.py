@@ -6,8 +6,9 @@ import numpy as np
 
 from kjax.errors import CheckpointError
 from kjax.offload.formats import FORMATS, Quantised
+from kjax.weights.files import quote
 from kjax.weights.names import Place, experts, grouped, places, skipped
-from kjax.weights.safetensors import Checkpoint, quote
+from kjax.weights.safetensors import Checkpoint
 from kjax.weights.stored import WHOLE, Source
 
 STORABLE = ("BF16", "F32")  # what the host kernels multiply without scales

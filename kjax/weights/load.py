@@ -20,8 +20,9 @@ from kjax.offload.storage import choose
 from kjax.offload.store import ExpertStore, size
 from kjax.weights import lowbit, stored
 from kjax.weights.account import account, expert_sources
+from kjax.weights.files import quote
 from kjax.weights.names import Place
-from kjax.weights.safetensors import DTYPES, ITEMSIZE, Checkpoint, quote
+from kjax.weights.safetensors import DTYPES, ITEMSIZE, Checkpoint
 from kjax.weights.stored import Source
 
 # Bytes read at a time, of quantised weights and of those that will be counted as fp32. Each of WORKERS readers has a

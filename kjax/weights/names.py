@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flax.traverse_util import flatten_dict
 
-from kjax.weights.safetensors import quote
+from kjax.weights.files import quote
 
 STACKS = ("dense_layers", "moe_layers")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -19,7 +19,8 @@ from pathlib import Path
 from rich import progress as bars
 
 from kjax.errors import CheckpointError
-from kjax.weights.safetensors import CONFIG, INDEX, SINGLE, Checkpoint, inside, parse_json, quote
+from kjax.weights.files import inside, parse_json, quote
+from kjax.weights.safetensors import CONFIG, INDEX, SINGLE, Checkpoint
 from kjax.weights.writer import Part, digest_file, sync, write_error, write_file
 
 MANIFEST, LOCK = "kjax_manifest.json", ".lock"

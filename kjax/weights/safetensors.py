@@ -5,11 +5,9 @@ library does not give; hence its own header parser. A checkpoint is untrusted: n
 """
 
 import dataclasses
-import json
 import math
 import os
 import re
-import stat
 import struct
 import weakref
 from collections.abc import Iterable
@@ -19,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from kjax.errors import CheckpointError
+from kjax.weights.files import fill, inside, open_regular, parse_json, quote
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -46,91 +45,6 @@ class TensorEntry:
     shape: tuple[int, ...]
     begin: int
     end: int
-
-
-def quote(text: object) -> str:
-    """Text from a file, safe to print: control characters escaped, long text cut."""
-    shown = repr(text)
-    return shown if len(shown) <= 200 else f"{shown[:200]}... ({len(shown)} characters)"
-
-
-def parse_json(data: bytes, where: str) -> dict:
-    """A JSON object without duplicate keys; `where` names the source in errors."""
-
-    def unique(pairs):
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise CheckpointError(f"{where}: the key {quote(twice)} appears twice; download the file again")
-        return found
-
-    def constant(text):
-        raise ValueError(f"{text} is not JSON")
-
-    try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not valid JSON ({error}); download the file again") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{where}: expected a JSON object, found {type(found).__name__}")
-    return found
-
-
-def inside(directory: Path, name: str) -> Path:
-    """The resolved path of a file of the checkpoint, which must not lead out of it.
-
-    A link may point to another file of the directory, or, in a hub cache, where
-    `models--ORG--NAME/snapshots/REVISION/FILE` links to `models--ORG--NAME/blobs/HASH`, into the blobs of the same
-    model. Everything else (`..`, absolute names, links to elsewhere) is refused: the files may have been made by
-    somebody who wants others of this machine read.
-    """
-    if not name or "\0" in name or os.path.isabs(name) or ".." in Path(name).parts:
-        raise CheckpointError(
-            f"{directory}: the file name {quote(name)} leads out of the directory; "
-            f"names must be relative and without '..' (is {INDEX} from a source you trust?)"
-        )
-    root = directory.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        allowed.append(root.parent.parent / "blobs")
-    try:
-        target = (root / name).resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a circle of links
-        raise CheckpointError(f"{directory}: {quote(name)} cannot be followed ({error})") from None
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise CheckpointError(
-            f"{directory}: {quote(name)} is a link to {target}, outside the directory; "
-            "put the file itself there, or give kjax the directory that holds it"
-        )
-    return target
-
-
-def _open(path: Path, shown: str) -> tuple[int, int]:
-    """A file descriptor for reading and the file's size; only regular files (a named pipe would block)."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise CheckpointError(f"{shown}: cannot be opened ({error.strerror})") from None
-    status = os.fstat(handle)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(handle)
-        raise CheckpointError(f"{shown}: not a regular file")
-    return handle, status.st_size
-
-
-def _fill(handle: int, view: memoryview, offset: int, shown: str):
-    """Reads exactly len(view) bytes at `offset`."""
-    while len(view):
-        try:
-            count = os.preadv(handle, [view], offset)
-        except OSError as error:
-            raise CheckpointError(f"{shown}: reading at byte {offset} failed ({error.strerror})") from None
-        if count == 0:
-            raise CheckpointError(f"{shown}: the file became shorter while it was read; is it still downloading?")
-        view, offset = view[count:], offset + count
 
 
 def _tensor(shown: str, name: str, spec: object, path: Path, data: int, size: int) -> TensorEntry:
@@ -170,7 +84,7 @@ def read_header(handle: int, size: int, path: Path, shown: str) -> list[TensorEn
     bytes are refused (a file with room for something else may be read differently by another program).
     """
     prefix = bytearray(min(8, size))
-    _fill(handle, memoryview(prefix), 0, shown)
+    fill(handle, memoryview(prefix), 0, shown)
     if prefix == b"version ":
         raise CheckpointError(f"{shown}: a Git LFS pointer, not the file itself; run `git lfs pull`")
     if size < 8:
@@ -184,7 +98,7 @@ def read_header(handle: int, size: int, path: Path, shown: str) -> list[TensorEn
         raise CheckpointError(f"{shown}: the header ends at byte {data}, past the end of the file at {size}: "
                               "the shard is truncated or damaged; download it again")
     header = bytearray(length)
-    _fill(handle, memoryview(header), 8, shown)
+    fill(handle, memoryview(header), 8, shown)
     items = parse_json(bytes(header), f"{shown}: header")
     metadata = items.pop("__metadata__", {})
     if not isinstance(metadata, dict):
@@ -258,7 +172,7 @@ class Checkpoint:
             shown = str(self.directory / name)
             if path in self._handles:
                 raise CheckpointError(f"{shown}: the same file as another shard of the index")
-            handle, size = _open(path, shown)
+            handle, size = open_regular(path, shown)
             self._handles[path] = handle
             for entry in read_header(handle, size, path, shown):
                 entry = dataclasses.replace(entry, name=published(entry.name))
@@ -309,12 +223,12 @@ class Checkpoint:
             if required:
                 raise CheckpointError(f"{self.directory}: no {name}; give the directory that holds it and the weights")
             return None
-        handle, size = _open(path, shown)
+        handle, size = open_regular(path, shown)
         try:
             if size > MAX_JSON:
                 raise CheckpointError(f"{shown}: {size} bytes are too many for a JSON file of a checkpoint")
             data = bytearray(size)
-            _fill(handle, memoryview(data), 0, shown)
+            fill(handle, memoryview(data), 0, shown)
         finally:
             os.close(handle)
         return parse_json(bytes(data), shown)
@@ -349,7 +263,7 @@ class Checkpoint:
             raise ValueError(f"{entry.name}: {len(view)} bytes at {offset} reach past the tensor")
         if entry.path not in self._handles:
             raise CheckpointError(f"{self.directory}: the checkpoint is closed")
-        _fill(self._handles[entry.path], view, entry.begin + offset, f"{entry.path}: tensor {quote(entry.name)}")
+        fill(self._handles[entry.path], view, entry.begin + offset, f"{entry.path}: tensor {quote(entry.name)}")
 
     def read(self, name: str) -> np.ndarray:
         """The tensor as a numpy array of the stored dtype (ml_dtypes for bfloat16 and float8)."""

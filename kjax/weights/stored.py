@@ -7,7 +7,8 @@ import numpy as np
 
 from kjax.errors import CheckpointError
 from kjax.offload.formats import FORMATS, Quantised, decode
-from kjax.weights.safetensors import DTYPES, ITEMSIZE, Checkpoint, TensorEntry, quote
+from kjax.weights.files import quote
+from kjax.weights.safetensors import DTYPES, ITEMSIZE, Checkpoint, TensorEntry
 
 WHOLE = ("BF16", "F16", "F32")  # the dtypes of weights that are stored without scales
 ROWS = 128  # a multiple of every block's rows
