@@ -3,20 +3,16 @@
 // closings from several threads at once.
 //   kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | memory | together [SECONDS]
 // Exit status 1 and a line that says how to repeat it when something is wrong. Meant for builds with sanitizers too.
-#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <chrono>
-#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <optional>
-#include <random>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -28,54 +24,11 @@
 #include "experts.h"
 #include "numa.h"
 #include "robust_data.h"
+#include "robust_memory.h"
 #include "stash.h"
 #include "store.h"
 #include "text.h"
 #include "threads.h"
-
-// Allocations are counted, and the one asked for is refused. operator new is replaced; what the sources call directly
-// is wrapped by the linker (see CMakeLists.txt).
-namespace {
-std::atomic<int64_t> allocations{0};
-std::atomic<int64_t> refuse_at{-1};
-std::atomic<int64_t> allocated{0};  // bytes
-bool refused(size_t size) {
-  allocated += static_cast<int64_t>(size);
-  return allocations.fetch_add(1) == refuse_at.load();
-}
-}  // namespace
-
-extern "C" {
-void* __real_aligned_alloc(size_t, size_t);
-void* __wrap_aligned_alloc(size_t alignment, size_t size) {
-  return refused(size) ? nullptr : __real_aligned_alloc(alignment, size);
-}
-void* __wrap_mmap(void* at, size_t size, int protection, int flags, int file, off_t offset) {
-  return refused(size) ? MAP_FAILED : __real_mmap(at, size, protection, flags, file, offset);
-}
-}
-
-void* operator new(size_t size) {
-  void* const memory = refused(size) ? nullptr : std::malloc(size ? size : 1);
-  if (!memory) throw std::bad_alloc();
-  return memory;
-}
-void* operator new[](size_t size) { return operator new(size); }
-void* operator new(size_t size, std::align_val_t alignment) {
-  const size_t to = static_cast<size_t>(alignment);
-  void* const memory = refused(size) ? nullptr : __real_aligned_alloc(to, (size + to - 1) / to * to);
-  if (!memory) throw std::bad_alloc();
-  return memory;
-}
-void* operator new[](size_t size, std::align_val_t alignment) { return operator new(size, alignment); }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete[](void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, size_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }
 
 namespace kjax {
 namespace {

@@ -1,0 +1,12 @@
+// What kjax_robust counts of its allocations, and the one that it refuses (robust_memory.cpp).
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+namespace kjax {
+
+extern std::atomic<int64_t> allocations;  // so far
+extern std::atomic<int64_t> allocated;    // bytes
+extern std::atomic<int64_t> refuse_at;    // the number of the allocation that fails; -1: none
+
+}  // namespace kjax
