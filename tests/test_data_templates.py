@@ -185,6 +185,13 @@ def test_a_token_that_begins_before_its_reply_is_trained(toy, tmp_path):
     assert tokenizer.decode(ids[trained]) == " the cat<|im_end|>"
 
 
+def test_a_token_that_ends_behind_its_reply_is_trained(toy, tmp_path):
+    tokenizer = load(toy, tmp_path, "{% for m in messages %}{{ m.content + 't sat' }}{% endfor %}")
+    ids, trained = tokenizer.render([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the ca"}])
+    assert tokenizer.encode(" cat")[0] in ids  # one token with the reply's last letters and the template's
+    assert tokenizer.decode(ids[trained]) == "the cat"
+
+
 def test_marks_agree_with_the_generation_blocks(toy, tmp_path):
     """The packaged templates with their marks taken out give the same ids and the same mask."""
     for name in ("deepseek3", "deepseekr1", "kimi_k2"):

@@ -63,6 +63,10 @@ def test_loops():
         return jax.lax.scan(lambda c, _: (c @ a, None), a, None, length=5)[0]
     assert temporaries(carried, A) == 2
 
+    def carried_in_place(a):
+        return jax.lax.scan(lambda c, _: (jnp.tanh(c), None), a, None, length=5)[0]
+    assert temporaries(carried_in_place, A) == 1  # written where the old value was, which nobody reads again
+
     def sliced(stack, a):
         return jax.lax.scan(lambda c, w: (c @ w, None), a, stack)[0]
     # The carry, its successor, and the slice that the product reads.
@@ -71,6 +75,13 @@ def test_loops():
     def branches(a):
         return jax.lax.cond(a[0, 0] > 0, lambda a: (a @ a) @ a, lambda a: a @ a, a)
     assert temporaries(branches, A) == pytest.approx(2, abs=0.01)
+
+
+def test_updates_in_place():
+    def update(a):
+        return jax.lax.dynamic_update_slice(a, jnp.zeros((1, 64)), (3, 0))
+    assert temporaries(lambda a: update(a @ a), A) == 1
+    assert temporaries(lambda a: (lambda b: update(b) @ b)(a @ a), A) == 3  # the old matrix is read again
 
 
 def test_a_rematerialised_layer():

@@ -263,7 +263,7 @@ def _join(tokenizer, pieces: list[Piece], encoded: Mapping) -> tuple[np.ndarray,
         if min(piece.trained) == max(piece.trained):
             trained += [bool(piece.trained[0])] * len(encoding.ids)
         else:  # a token is trained if any of its characters is: " x" of an untrained " " and a trained "x"
-            trained += [any(piece.trained[begin:max(end, begin + 1)]) for begin, end in encoding.offsets]
+            trained += [any(piece.trained[begin:end]) for begin, end in encoding.offsets]
     leading = next((i for i, token in enumerate(ids) if token != tokenizer.bos_id), len(ids))
     if tokenizer.add_bos or leading > 1:
         ids = [tokenizer.bos_id, *ids[leading:]]
