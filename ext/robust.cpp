@@ -1,7 +1,7 @@
 // What the self-test does not look at: every decode over random bytes, shapes and places between unmapped pages; memory
-// refused at each single allocation; no allocation in a steady call, and how much first calls allocate; calls and
-// closings from several threads at once.
-//   kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | memory | together [SECONDS]
+// refused at each single allocation; no allocation in a steady call, and how much first calls allocate; experts read by
+// threads of their memory node; calls and closings from several threads at once.
+//   kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | memory | nodes | together [SECONDS]
 // Exit status 1 and a line that says how to repeat it when something is wrong. Meant for builds with sanitizers too.
 #include <sys/wait.h>
 #include <unistd.h>
@@ -245,8 +245,9 @@ int main(int argc, char** argv) {
   if (what == "refusals") return refusals();
   if (what == "steady") return steady();
   if (what == "memory") return memory();
+  if (what == "nodes") return nodes_first();
   if (what == "together") return together(argc > 2 ? std::atof(argv[2]) : 5);
-  std::fputs("kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | memory | together [SECONDS]\n", stderr);
+  std::fputs("kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | memory | nodes | together [SECONDS]\n", stderr);
   return 2;
 }
 

@@ -75,5 +75,7 @@ inline void fill(Format format, uint8_t* codes, int64_t bytes, uint8_t* scales, 
 
 // robust_fuzz.cpp: products for some seconds, the first with this seed; the exit status.
 int fuzz(double seconds, uint64_t seed);
+// robust_nodes.cpp: which threads read which experts; the exit status.
+int nodes_first();
 
 }  // namespace kjax

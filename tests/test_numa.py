@@ -141,6 +141,42 @@ print("store:", ExpertStore(files({str(mapped[0])!r}), storage="resident").refus
     assert in_child(code)[-1].startswith("store: mbind")
 
 
+PLACED = """
+import os, sys, threading
+import numpy as np
+from kjax import _ext
+from kjax.offload import resident
+from test_storage import *
+_ext.make_up_nodes([[0], [1], [2]])
+memory, told, pinned, copied = [], [], {}, []
+host_memory, set_nodes, read = _ext.host_memory, _ext.Store.set_nodes, resident._read
+def noted_memory(size, node):
+    memory.append((node, host_memory(size, node)[0]))
+    return memory[-1][1], ""
+def noted_read(handle, out, *args):
+    copied.append((pinned[threading.get_ident()], out.ctypes.data))
+    read(handle, out, *args)
+_ext.host_memory, resident._read = noted_memory, noted_read
+_ext.Store.set_nodes = lambda store, nodes: told.append(nodes.tolist()) or set_nodes(store, nodes)
+os.sched_setaffinity = lambda _, cpus: pinned.__setitem__(threading.get_ident(), cpus)
+found = files(sys.argv[1])
+store = ExpertStore(found, storage="resident")
+nodes = _ext.spread(store.experts)
+assert [node for node, _ in memory] == [0, 1, 2] and told == [nodes] and set(nodes) == {0, 1, 2}, (memory, told, nodes)
+assert len(copied) >= 3 * store.experts
+for cpus, at in copied:
+    [node] = [node for node, array in memory if array.ctypes.data <= at < array.ctypes.data + array.size]
+    assert cpus == [node], (cpus, node)
+again = resident.Resident([[entry for layer in found for entry in layer[e].values()] for e in range(store.experts)])
+for expert, node in enumerate(nodes):
+    assert {again.place(entry)[0] for layer in found for entry in layer[expert].values()} == {node}
+"""
+
+
+def test_each_expert_is_copied_to_its_node_by_threads_there(mapped):
+    in_child(PLACED.replace("sys.argv[1]", repr(str(mapped[0]))))
+
+
 def test_nodes_of_a_store_are_checked():
     store = _ext.Store(1, 2, 4, 4, "bf16")
     with pytest.raises(ValueError, match="node 99 is not in 0"):
