@@ -1,4 +1,4 @@
-// dx and dgate of the experts: gather dy, dg and du strip by strip, then dg W_gate + du W_up added to the tokens.
+// dx and dgate of the experts, by groups: gather dy, dg and du strip by strip, then dg W_gate + du W_up added to tokens.
 #include "pass.h"
 
 namespace kjax {
@@ -6,77 +6,47 @@ namespace {
 
 class Backward : Pass {
  public:
-  Backward(const Call& call, const Store& store, const Kernels& kernels, Workspace& space)
-      : Pass(call, store, kernels, space),
-        along_strips((hidden + gemm.along_width - 1) / gemm.along_width),
-        hidden_strips((hidden + gemm.across_width - 1) / gemm.across_width),
-        width_strips((width + gemm.across_width - 1) / gemm.across_width),
-        turns(space.turn.reset(width_strips)) {
-    space.rows.grow(operand_bytes(width));
-    space.partial.grow(static_cast<size_t>(routing.routes() * hidden_strips) * sizeof(float));
-    if (call.dtype == Dtype::kBf16) space.sums.grow(static_cast<size_t>(call.tokens * width) * sizeof(float));
+  Backward(const Call& call, const Store& store, const Kernels& kernels, Workspace& space, const std::byte* kept)
+      : Pass(call, store, kernels, space, &Gemm::across_width, kept ? 1 : 2, 2),
+        kept(kept),
+        along_strips(strips(hidden, gemm.along_width)),
+        hidden_strips(strips(hidden, gemm.across_width)),
+        dy_rows(rows(0, 0)),
+        x_rows(rows(1, 0)),
+        g(rows(kept ? 1 : 2, 0)),
+        u(rows(kept ? 1 : 2, 1)),
+        recomputed(space.recomputed.reset(segments)) {
+    space.partial.grow(static_cast<size_t>(routing.slots * hidden_strips) * sizeof(float));
+    const size_t low_bytes = static_cast<size_t>(routing.routes() * adapters.columns()) * sizeof(float);
+    space.low_gradients.grow(low_bytes);
+    if (!kept) space.low.grow(low_bytes);
   }
 
-  void operator()(Turn& turn, const std::byte* kept, const void* dy, void* dx, float* dgate,
-                  const AdapterGradients& gradients) const {
-    // g and u become dg and du, operands with padded rows.
-    const int64_t length = row_length(hidden);
-    const size_t low_bytes = static_cast<size_t>(routing.routes() * adapters.columns()) * sizeof(float);
-    space.activations.grow(2 * operand_bytes(hidden));
-    space.low_gradients.grow(low_bytes);
-    std::byte *const g = space.activations.data(), *const u = g + operand_bytes(hidden);
-    const float* t = reinterpret_cast<const float*>(
-        kept ? kept + 2 * static_cast<size_t>(routing.routes() * hidden) * size_of(type) : nullptr);
-    float* const dt = reinterpret_cast<float*>(space.low_gradients.data());
-    if (!kept) {
-      space.more_rows.grow(operand_bytes(width));
-      space.low.grow(low_bytes);
-      float* const low = reinterpret_cast<float*>(space.low.data());
-      const int64_t tasks = segments * along_strips;
-      const auto segment_of = [&](int64_t task) {
-        return task < gathers ? routing.pieces[task].segment : (task - gathers) / along_strips;
-      };
-      sequence(turn, gathers + tasks, segment_of, [&](Worker& worker, int64_t task, int64_t after) {
-        if (task < gathers) return gather_x(worker, space.more_rows, task, low);
-        task -= gathers;
-        const int64_t later = after - gathers;
-        const Strip next =
-            later < tasks ? strip(matrix(later / along_strips, kGate), hidden, later % along_strips, gemm.along_width)
-                          : Strip{};
-        gate_up(worker, task / along_strips, task % along_strips, next, space.more_rows, g, u, length, true, nullptr,
-                low);
-      });
-      space.gathered.reset(segments);
-      space.ready.reset(segments);
-      t = low;
-    }
+  void operator()(Turn& turn, const void* dy, void* dx, float* dgate, const AdapterGradients& gradients) const {
+    float* const made = reinterpret_cast<float*>(space.low.data());  // T where nothing was kept
+    const float* const t =
+        kept ? reinterpret_cast<const float*>(kept + 2 * static_cast<size_t>(routing.routes() * hidden) * size_of(type))
+             : made;
+    const Low low{t, reinterpret_cast<float*>(space.low_gradients.data()), gradients};
     std::fill_n(dgate, call.tokens * call.per_token, 0.0f);
-    const Low low{t, dt, gradients};
-    const int64_t up_to_gather = gathers, up_to_inner = up_to_gather + segments * hidden_strips;
-    const int64_t up_to_outer = up_to_inner + segments * width_strips;
-    const int64_t idle = gradients.fresh ? static_cast<int64_t>(routing.idle.size()) : 0;
-    const auto segment_of = [&](int64_t task) {
-      return task < up_to_gather  ? routing.pieces[task].segment
-             : task < up_to_inner ? (task - up_to_gather) / hidden_strips
-             : task < up_to_outer ? (task - up_to_inner) / width_strips
-                                  : 0;
-    };
-    sequence(turn, up_to_outer + idle, segment_of, [&](Worker& worker, int64_t task, int64_t after) {
-      if (task >= up_to_outer) return clear(gradients, *call.adapters, store, routing.idle[task - up_to_outer]);
-      if (task < up_to_gather)
-        return gather(worker, dy, space.rows, task, false,
-                      [&](int expert, int64_t first, int64_t count, const std::byte* rows, int64_t row_length) {
-                        if (adapters.any())
-                          adapters.project_dy(room(worker), expert, first, count, rows, row_length, type, dt);
-                      });
-      const Strip next = first_strip(after - up_to_gather);
-      if (task < up_to_inner) {
-        const int64_t segment = (task - up_to_gather) / hidden_strips;
-        inner(worker, segment, (task - up_to_gather) % hidden_strips, next, kept, g, u, length, low);
-        ready[segment].fetch_add(1, std::memory_order_release);
-      } else {
-        outer(worker, (task - up_to_inner) / width_strips, (task - up_to_inner) % width_strips, next, g, u, length, dx,
-              dgate, low);
+    const Step inner_step{Stage::kInner, hidden_strips}, outer_step{Stage::kOuter, output_strips};
+    if (kept) schedule({inner_step}, outer_step);
+    else schedule({{Stage::kGateUp, along_strips}, inner_step}, outer_step);
+    if (gradients.fresh) space.schedule.add(Stage::kClear, 0, static_cast<int64_t>(routing.idle.size()), 1);
+    run(turn, [&](Worker& worker, const Schedule::Task& task, const Strip& next) {
+      const auto [stage, item, block] = task;
+      switch (stage) {
+        case Stage::kGather:
+          return fill(worker, item, [&, piece = item] {
+            if (!kept) gather_x(worker, x_rows, piece, made);
+            gather_dy(worker, dy, piece, low);
+          });
+        case Stage::kGateUp:
+          return gate_up(worker, item, block, next, x_rows, g, u, row_length(hidden), true, nullptr, made,
+                         recomputed[item]);
+        case Stage::kInner: return inner(worker, item, block, next, low);
+        case Stage::kOuter: return outer(worker, item, block, next, dx, dgate, low);
+        default: return clear(gradients, *call.adapters, store, routing.idle[item]);
       }
     });
   }
@@ -93,25 +63,24 @@ class Backward : Pass {
     return segment == 0 || routing.segments[segment - 1].expert != routing.segments[segment].expert;
   }
 
-  Strip first_strip(int64_t t) const {
-    if (t < 0) return {};
-    if (t < segments * hidden_strips)
-      return strip(matrix(t / hidden_strips, kDown), hidden, t % hidden_strips, gemm.across_width);
-    t -= segments * hidden_strips;
-    if (t < segments * width_strips)
-      return strip(matrix(t / width_strips, kGate), width, t % width_strips, gemm.across_width);
-    return {};
+  // Gathers a piece of dy with dT of down.
+  void gather_dy(const Worker& worker, const void* dy, int64_t task, const Low& low) const {
+    gather(worker, dy, dy_rows, task, false,
+           [&](int expert, int64_t first, int64_t count, const std::byte* from, int64_t length) {
+             if (adapters.any()) adapters.project_dy(room(worker), expert, first, count, from, length, type, low.dt);
+           });
   }
 
   // dg and du of one strip, and its part of dgate = dot(W_down^T dy + adapter, silu(g) * u)
-  void inner(const Worker& worker, int64_t segment, int64_t block, const Strip& next, const std::byte* kept,
-             std::byte* g, std::byte* u, int64_t length, const Low& low) const {
+  void inner(const Worker& worker, int64_t segment, int64_t block, const Strip& next, const Low& low) const {
     const Segment& s = routing.segments[segment];
     worker.wait_for(gathered[segment], static_cast<int32_t>(s.rows));
+    if (!kept) worker.wait_for(recomputed[segment], static_cast<int32_t>(along_strips));
     const Strip w = strip(matrix(segment, kDown), hidden, block, gemm.across_width);
-    const int64_t ldc = round_up(w.count, kLine), size = static_cast<int64_t>(size_of(type));
+    const int64_t ldc = round_up(w.count, kLine), length = row_length(hidden);
+    const int64_t size = static_cast<int64_t>(size_of(type));
     float* const c = results(worker, 0);
-    multiply_across({row(space.rows, s.slot, row_length(width)), row_length(width), s.rows, w, next, c, ldc, false,
+    multiply_across({row(dy_rows, s.slot, row_length(width)), row_length(width), s.rows, w, next, c, ldc, false,
                      worker.scratch});
     std::byte *const gs = g + (s.slot * length + w.first) * size, *const us = u + (s.slot * length + w.first) * size;
     if (kept) {
@@ -122,8 +91,9 @@ class Backward : Pass {
                             0);
       }
     }
-    if (adapters.any()) return adapted_inner(worker, segment, block, w, c, ldc, gs, us, length, low);
-    slopes(s, block, w, 0, s.rows, c, ldc, gs, us, length);
+    if (adapters.any()) adapted_inner(worker, segment, block, w, c, ldc, gs, us, length, low);
+    else slopes(s, block, w, 0, s.rows, c, ldc, gs, us, length);
+    ready[segment].fetch_add(1, std::memory_order_release);
   }
 
   // swiglu_backward of `count` rows from row `first` of a segment on
@@ -132,7 +102,7 @@ class Backward : Pass {
     const int64_t pad = w.first + w.count == hidden ? length - hidden : 0, step = length * size_of(type);
     float* const partial = reinterpret_cast<float*>(space.partial.data());
     for (int64_t r = first; r < first + count; ++r)
-      partial[(s.first + r) * hidden_strips + block] =
+      partial[(s.slot + r) * hidden_strips + block] =
           elementwise.swiglu_backward(c + r * ldc, call.gate[routing.place[s.first + r]], w.count, pad, gs + r * step,
                                       us + r * step, type);
   }
@@ -187,12 +157,12 @@ class Backward : Pass {
   }
 
   // dx of one strip: dg W_gate + du W_up; the first strip of a segment also sums its dgate
-  void outer(const Worker& worker, int64_t segment, int64_t block, const Strip& next, const std::byte* g,
-             const std::byte* u, int64_t length, void* dx, float* dgate, const Low& low) const {
+  void outer(const Worker& worker, int64_t segment, int64_t block, const Strip& next, void* dx, float* dgate,
+             const Low& low) const {
     const Segment& s = routing.segments[segment];
     worker.wait_for(ready[segment], static_cast<int32_t>(hidden_strips));
     if (block == 0) {
-      const float* partial = reinterpret_cast<const float*>(space.partial.data()) + s.first * hidden_strips;
+      const float* partial = reinterpret_cast<const float*>(space.partial.data()) + s.slot * hidden_strips;
       for (int64_t r = 0; r < s.rows; ++r) {
         float sum = 0;
         for (int64_t b = 0; b < hidden_strips; ++b) sum += *partial++;
@@ -201,10 +171,10 @@ class Backward : Pass {
     }
     const Strip gate = strip(matrix(segment, kGate), width, block, gemm.across_width);
     const Strip up = strip(matrix(segment, kUp), width, block, gemm.across_width);
-    const int64_t ldc = round_up(gate.count, kLine), at = s.slot * length * static_cast<int64_t>(size_of(type));
+    const int64_t ldc = round_up(gate.count, kLine), length = row_length(hidden);
     float* const c = results(worker, 0);
-    multiply_across({g + at, length, s.rows, gate, up, c, ldc, false, worker.scratch});
-    multiply_across({u + at, length, s.rows, up, next, c, ldc, true, worker.scratch});
+    multiply_across({row(g, s.slot, length), length, s.rows, gate, up, c, ldc, false, worker.scratch});
+    multiply_across({row(u, s.slot, length), length, s.rows, up, next, c, ldc, true, worker.scratch});
     if (adapters.any()) adapted_outer(worker, segment, block, gate, c, ldc, low);
     hand_off(worker, turns[block], segment, gate.first, gate.count, c, ldc, nullptr, dx);
   }
@@ -232,7 +202,7 @@ class Backward : Pass {
         adapters.add_outer(p, adapters.rows(low.dt, route, p), adapters.columns(), n, at.x, w.count, sums[p]);
       }
       if (adapters.has(kDown)) {
-        adapters.widen(row(space.rows, s.slot + r, length), length, type, w.first, n, w.count, at.x);
+        adapters.widen(row(dy_rows, s.slot + r, length), length, type, w.first, n, w.count, at.x);
         adapters.add_outer(kDown, adapters.weighed(at, kDown, low.t, route, n), adapters.of(kDown).rank, n, at.x,
                            w.count, sums[kDown]);
       }
@@ -244,15 +214,18 @@ class Backward : Pass {
     if (adapters.has(kDown)) adapters.add_to_b(low.gradients, s.expert, kDown, w.first, w.count, sums[kDown], fresh);
   }
 
-  const int64_t along_strips, hidden_strips, width_strips;
-  Counter* const turns;
+  const std::byte* const kept;  // g, u and T, or null
+  const int64_t along_strips, hidden_strips;
+  std::byte *const dy_rows, *const x_rows;  // rows by slot; x only where nothing was kept
+  std::byte *const g, *const u;             // the same, then dg and du
+  Counter* const recomputed;
 };
 
 }  // namespace
 
 void backward_pass(const Call& call, const Store& store, const Kernels& kernels, Workspace& space, Turn& turn,
                    const std::byte* kept, const void* dy, void* dx, float* dgate, const AdapterGradients& gradients) {
-  Backward(call, store, kernels, space)(turn, kept, dy, dx, dgate, gradients);
+  Backward(call, store, kernels, space, kept)(turn, dy, dx, dgate, gradients);
 }
 
 }  // namespace kjax

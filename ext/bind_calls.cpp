@@ -15,6 +15,7 @@
 #include "ffi.h"
 #include "stash.h"
 #include "threads.h"
+#include "workspace.h"
 
 namespace kjax {
 namespace {
@@ -132,6 +133,9 @@ void bind_calls(nb::module_& m) {
   m.def(
       "stash_clear", [](std::optional<int> store) { kjax::stash_clear(store); },
       nb::arg("store_id").none() = nb::none());
+  m.def(
+      "set_row_memory", [](size_t bytes) { row_memory = bytes; }, nb::arg("bytes"),
+      "Another bound on the rows a call has in memory, for each thread: for tests, results do not depend on it.");
   m.def("cancel", &cancel, nb::arg("on"), "Running and later calls fail between tasks until it is switched off.");
   m.def("ffi_targets", [] {
     nb::dict out;

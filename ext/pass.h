@@ -2,8 +2,14 @@
 // for earlier tasks only, so the sequence cannot deadlock. Products are tasks of (segment of an expert's rows, strip of
 // columns): each computes privately, waits until its strip's turn reaches its segment, adds in fp32 and passes the turn
 // on. Segments go in an order that depends on the routing alone, so results do not depend on the number of threads.
+//
+// Operand rows exist for kGroups groups of segments at a time, whatever the number of tokens. While the first products
+// of a group are made, the next is gathered and the last ones of the group before follow, so that a thread finds done
+// what it would have to wait for. The task that gathers waits until the group whose slots it takes has passed its turns on:
+// those are earlier tasks, and all first products of a whole group were claimed since.
 #pragma once
 #include <algorithm>
+#include <initializer_list>
 
 #include "adapter_pass.h"
 #include "dispatch.h"
@@ -19,7 +25,9 @@ namespace kjax {
 // The store's shapes, the kernels, and the sequence of tasks.
 class Pass {
  protected:
-  Pass(const Call& call, const Store& store, const Kernels& kernels, Workspace& space)
+  // output_step: the strip width of the last products. of_width, of_hidden: how many arrays of rows of these lengths.
+  Pass(const Call& call, const Store& store, const Kernels& kernels, Workspace& space, int64_t Gemm::* output_step,
+       int64_t of_width, int64_t of_hidden)
       : call(call),
         store(store),
         gemm(*kernels.gemm[static_cast<int>(store.format)]),
@@ -30,16 +38,27 @@ class Pass {
         width(store.width),
         hidden(store.hidden),
         segments(static_cast<int64_t>(space.routing.segments.size())),
-        gathers(static_cast<int64_t>(space.routing.pieces.size())),
+        output_strips(strips(width, gemm.*output_step)),
         adapters(call, store, kernels, space.routing),
         gathered(space.gathered.reset(segments)),
-        ready(space.ready.reset(segments)) {}
-
-  // Operand row `slot` of rows of `length` numbers.
-  std::byte* row(const Memory& memory, int64_t slot, int64_t length) const {
-    return memory.data() + static_cast<size_t>(slot * length) * size_of(type);
+        ready(space.ready.reset(segments)),
+        turns(space.turn.reset(output_strips)) {
+    const size_t bytes =
+        static_cast<size_t>(of_width * row_length(width) + of_hidden * row_length(hidden)) * size_of(type);
+    space.routing.divide(static_cast<int64_t>(row_memory * static_cast<size_t>(thread_count()) / bytes));
+    space.rows.grow(static_cast<size_t>(routing.slots) * bytes);
+    if (call.dtype == Dtype::kBf16) space.sums.grow(static_cast<size_t>(call.tokens * width) * sizeof(float));
   }
-  size_t operand_bytes(int64_t n) const { return static_cast<size_t>(routing.slots * row_length(n)) * size_of(type); }
+  static int64_t strips(int64_t columns, int64_t step) { return (columns + step - 1) / step; }
+
+  // Row `slot` of an array of rows of `length` numbers.
+  std::byte* row(std::byte* rows, int64_t slot, int64_t length) const {
+    return rows + static_cast<size_t>(slot * length) * size_of(type);
+  }
+  // The array behind so many others.
+  std::byte* rows(int64_t of_width, int64_t of_hidden) const {
+    return row(space.rows.data(), routing.slots, of_width * row_length(width) + of_hidden * row_length(hidden));
+  }
   Matrix matrix(int64_t segment, int projection) const {
     return store.matrix(static_cast<int>(call.layer), routing.segments[segment].expert, projection);
   }
@@ -50,11 +69,10 @@ class Pass {
   // Copies the token rows of one piece together, rounded to the operand type, and packs them where `along` wants that.
   // then(expert, first route, rows, operand rows, their length) runs while they are in the cache.
   template <class Then>
-  void gather(const Worker& worker, const void* from, const Memory& rows, int64_t task, bool for_along,
+  void gather(const Worker& worker, const void* from, std::byte* rows, int64_t task, bool for_along,
               Then then) const {
     const Piece& piece = routing.pieces[task];
     const Segment& s = routing.segments[piece.segment];
-    if (piece.row == 0) store.read_ahead(static_cast<int>(call.layer), s.expert);
     const int64_t length = row_length(width);
     const bool packed = for_along && gemm.pack;
     std::byte* const to = packed ? staging(worker) : row(rows, s.slot + piece.row, length);
@@ -64,6 +82,17 @@ class Pass {
                           call.dtype, to + r * length * size_of(type), type, width, length - width);
     then(s.expert, s.first + piece.row, piece.rows, to, length);
     if (packed) gemm.pack(to, length, piece.rows, piece.row, s.rows, 0, width, row(rows, s.slot, length), length);
+  }
+
+  // The task of a piece: gathers it by copy() once nothing reads its slots any more.
+  template <class Copy>
+  void fill(const Worker& worker, int64_t task, Copy copy) const {
+    const Piece& piece = routing.pieces[task];
+    const Segment& s = routing.segments[piece.segment];
+    if (piece.row == 0) store.read_ahead(static_cast<int>(call.layer), s.expert);
+    for (int64_t block = 0; s.after && block < output_strips; ++block)
+      worker.wait_for(turns[block], static_cast<int32_t>(s.after));
+    copy();
     gathered[piece.segment].fetch_add(static_cast<int32_t>(piece.rows), std::memory_order_release);
   }
 
@@ -86,17 +115,17 @@ class Pass {
   AdapterPass::Room room(const Worker& worker) const { return adapters.room(worker.scratch); }
 
   // Gathers a piece of x with T of gate and up.
-  void gather_x(const Worker& worker, const Memory& rows, int64_t task, float* t) const {
-    gather(worker, call.x, rows, task, true,
+  void gather_x(const Worker& worker, std::byte* x, int64_t task, float* t) const {
+    gather(worker, call.x, x, task, true,
            [&](int expert, int64_t first, int64_t count, const std::byte* from, int64_t length) {
              if (adapters.any()) adapters.project_x(room(worker), expert, first, count, from, length, type, t);
            });
   }
 
   // g and u [., length] of one strip from the gathered rows of x, where there is a place for them by route or by slot,
-  // and h = silu(g) * u where that is wanted. Adds the strip's part of T of down and passes `ready` on.
-  void gate_up(const Worker& worker, int64_t segment, int64_t block, const Strip& next, const Memory& x, std::byte* g,
-               std::byte* u, int64_t length, bool by_slot, const Memory* h, float* t) const {
+  // and h = silu(g) * u where that is wanted. Adds the strip's part of T of down and counts itself in `done`.
+  void gate_up(const Worker& worker, int64_t segment, int64_t block, const Strip& next, std::byte* x, std::byte* g,
+               std::byte* u, int64_t length, bool by_slot, std::byte* h, float* t, Counter& done) const {
     const Segment& s = routing.segments[segment];
     worker.wait_for(gathered[segment], static_cast<int32_t>(s.rows));
     const Strip gate = strip(matrix(segment, kGate), hidden, block, gemm.along_width);
@@ -118,7 +147,7 @@ class Pass {
     const bool packed = h && gemm.pack, staged = packed || (!h && adapters.has(kDown));
     const int64_t h_length = staged ? ldc * static_cast<int64_t>(sizeof(float) / size_of(type)) : row_length(hidden);
     std::byte* const h_rows = staged ? reinterpret_cast<std::byte*>(cg)
-                              : h    ? row(*h, s.slot, h_length) + gate.first * size_of(type)
+                              : h    ? row(h, s.slot, h_length) + gate.first * size_of(type)
                                      : nullptr;
     const int64_t pad = staged                               ? round_up(gate.count, kPad) - gate.count
                         : gate.first + gate.count == hidden ? h_length - hidden
@@ -129,12 +158,11 @@ class Pass {
                          h_rows ? h_rows + r * h_length * size_of(type) : nullptr, type);
     }
     if (packed)
-      gemm.pack(h_rows, h_length, s.rows, 0, s.rows, gate.first, gate.count, row(*h, s.slot, row_length(hidden)),
+      gemm.pack(h_rows, h_length, s.rows, 0, s.rows, gate.first, gate.count, row(h, s.slot, row_length(hidden)),
                 row_length(hidden));
     if (adapters.has(kDown))
-      adapters.project_h(worker, room(worker), s, gate.first, gate.count, h_rows, h_length, type, ready[segment], block,
-                         t);
-    ready[segment].fetch_add(1, std::memory_order_release);
+      adapters.project_h(worker, room(worker), s, gate.first, gate.count, h_rows, h_length, type, done, block, t);
+    done.fetch_add(1, std::memory_order_release);
   }
   void multiply_along(const Product& product) const { gemm.along[static_cast<int>(store.format)](product); }
   void multiply_across(const Product& product) const { gemm.across[static_cast<int>(store.format)](product); }
@@ -143,15 +171,21 @@ class Pass {
   // strip, the last rounds it into a bf16 output.
   void hand_off(const Worker& worker, Counter& turn, int64_t segment, int64_t first, int64_t count, const float* c,
                 int64_t ldc, const float* scales, void* output) const {
+    constexpr int64_t kAhead = 3;  // rows, asked for early: weights have pushed sums out of the cache. 8 were slower
     worker.wait_for(turn, static_cast<int32_t>(segment));
     float* const sums =
         call.dtype == Dtype::kFp32 ? static_cast<float*>(output) : reinterpret_cast<float*>(space.sums.data());
     if (segment == 0)
       for (int64_t t = 0; t < call.tokens; ++t) std::fill_n(sums + t * width + first, count, 0.0f);
     const Segment& s = routing.segments[segment];
-    for (int64_t r = 0; r < s.rows; ++r)
+    for (int64_t r = 0; r < s.rows; ++r) {
+      if (r + kAhead < s.rows) {
+        const float* const later = sums + routing.token[s.first + r + kAhead] * width + first;
+        for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(later + i, 1);
+      }
       elementwise.add_scaled(scales ? scales[routing.place[s.first + r]] : 1.0f, c + r * ldc,
                              sums + routing.token[s.first + r] * width + first, count);
+    }
     if (segment == segments - 1 && call.dtype == Dtype::kBf16)
       for (int64_t t = 0; t < call.tokens; ++t)
         elementwise.convert(sums + t * width + first, Dtype::kFp32, static_cast<uint16_t*>(output) + t * width + first,
@@ -159,13 +193,57 @@ class Pass {
     turn.store(static_cast<int32_t>(segment + 1), std::memory_order_release);
   }
 
-  // Runs task(worker, t, t_next) for t in [0, count), each thread claiming one task ahead so that it can prefetch for
-  // it. segment_of(t) tells whose expert a task reads, so that threads prefer those in the memory of their node.
-  template <class SegmentOf, class Task>
-  void sequence(Turn& turn, int64_t count, SegmentOf segment_of, Task task) const {
+  struct Step {
+    Stage stage;
+    int64_t strips;
+  };
+  // first...: the stages of a group but its last.
+  void schedule(std::initializer_list<Step> first, const Step& last) const {
+    Schedule& tasks = space.schedule;
+    tasks.clear();
+    const int64_t groups = static_cast<int64_t>(routing.groups.size());
+    const auto gather = [&](const Group& group) { tasks.add(Stage::kGather, group.first_piece, group.end_piece, 1); };
+    const auto multiply = [&](const Group& group, const Step& step) {
+      tasks.add(step.stage, group.first, group.end, step.strips);
+    };
+    gather(routing.groups[0]);
+    for (int64_t i = 0; i <= groups; ++i) {
+      for (const Step& step : first)
+        if (i < groups) multiply(routing.groups[i], step);
+      if (i + 1 < groups) gather(routing.groups[i + 1]);
+      if (i > 0) multiply(routing.groups[i - 1], last);
+    }
+  }
+
+  // What a task reads first, to be prefetched.
+  Strip first_strip(const Schedule::Task& task) const {
+    const auto [stage, item, block] = task;
+    switch (stage) {
+      case Stage::kGateUp: return strip(matrix(item, kGate), hidden, block, gemm.along_width);
+      case Stage::kDown: return strip(matrix(item, kDown), width, block, gemm.along_width);
+      case Stage::kInner: return strip(matrix(item, kDown), hidden, block, gemm.across_width);
+      case Stage::kOuter: return strip(matrix(item, kGate), width, block, gemm.across_width);
+      default: return {};
+    }
+  }
+  static bool along(Stage stage) { return stage == Stage::kGateUp || stage == Stage::kDown; }
+
+  // Whose expert a task reads, so that threads prefer those in the memory of their node.
+  int64_t segment_of(const Schedule::Task& task) const {
+    return task.stage == Stage::kGather ? routing.pieces[task.item].segment
+           : task.stage == Stage::kClear ? 0
+                                         : task.item;
+  }
+
+  // Runs task(worker, what it is, next strip in its direction) for all tasks of the schedule, each thread claiming one
+  // ahead so that it can prefetch for it.
+  template <class Task>
+  void run(Turn& turn, Task task) const {
     Tasks& tasks = space.tasks;
+    const Schedule& schedule = space.schedule;
+    const int64_t count = schedule.count();
     tasks.reset(count, store.split() ? static_cast<int>(nodes().size()) : 1, [&](int64_t t) {
-      return home_of(store.node(routing.segments[segment_of(t)].expert));
+      return home_of(store.node(routing.segments[segment_of(schedule.at(t))].expert));
     });
     const size_t bytes = worker_bytes();
     space.scratch.grow(bytes * static_cast<size_t>(thread_count()));
@@ -176,7 +254,12 @@ class Pass {
       for (int64_t t = claims.take(), after; t < count; t = after < count ? after : claims.take()) {
         after = claims.ahead();
         worker.check();
-        task(worker, t, after);
+        const Schedule::Task now = schedule.at(t);
+        Strip next;
+        if (after < count)
+          if (const Schedule::Task later = schedule.at(after); along(later.stage) == along(now.stage))
+            next = first_strip(later);
+        task(worker, now, next);
       }
     };
     turn.run(job);
@@ -200,9 +283,9 @@ class Pass {
   Workspace& space;
   const Routing& routing;
   const Dtype type;
-  const int64_t width, hidden, segments, gathers;
+  const int64_t width, hidden, segments, output_strips;
   const AdapterPass adapters;
-  Counter *const gathered, *const ready;
+  Counter *const gathered, *const ready, *const turns;
 };
 
 // One call over its gathered routes, of which there is at least one. Each has to hold the pool.

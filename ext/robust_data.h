@@ -10,6 +10,7 @@
 #include "store.h"
 
 extern "C" void* __real_mmap(void*, size_t, int, int, int, off_t);  // what the linker wraps for robust.cpp
+extern "C" int __real_munmap(void*, size_t);
 
 namespace kjax {
 namespace {
@@ -42,7 +43,7 @@ class Fenced {
     data_ = at_end ? raw_ + page + inner - size : raw_ + page;
   }
   Fenced(const Fenced&) = delete;
-  ~Fenced() { munmap(raw_, whole_); }
+  ~Fenced() { __real_munmap(raw_, whole_); }
   uint8_t* data() const { return data_; }
 
  private:

@@ -6,7 +6,8 @@
 namespace kjax {
 
 extern std::atomic<int64_t> allocations;  // so far
-extern std::atomic<int64_t> allocated;    // bytes
+extern std::atomic<int64_t> held;         // bytes that are allocated now
+extern std::atomic<int64_t> most_held;    // at any time since this was set
 extern std::atomic<int64_t> refuse_at;    // the number of the allocation that fails; -1: none
 
 }  // namespace kjax

@@ -34,7 +34,6 @@ void Routing::build(const int32_t* idx, int64_t tokens_in, int64_t per_token, in
 
   segments.clear();
   pieces.clear();
-  slots = 0;
   start_.assign(experts, 0);
   int64_t first = 0;
   for (int e : order_) {
@@ -46,12 +45,10 @@ void Routing::build(const int32_t* idx, int64_t tokens_in, int64_t per_token, in
       const int64_t rows = std::min(size, count_[e] - done);
       for (int64_t row = 0; row < rows; row += kRowTile)
         pieces.push_back({static_cast<int32_t>(segments.size()), row, std::min(kRowTile, rows - row)});
-      segments.push_back({e, first + done, rows, slots});
-      slots += (rows + kRowTile - 1) / kRowTile * kRowTile;
+      segments.push_back({e, first + done, rows});
     }
     first += count_[e];
   }
-  slots += kRowTile;
   token.resize(first);
   place.resize(first);
   for (int64_t t = 0; t < tokens_in; ++t)
@@ -60,6 +57,33 @@ void Routing::build(const int32_t* idx, int64_t tokens_in, int64_t per_token, in
         token[start_[e]] = static_cast<int32_t>(t);
         place[start_[e]++] = t * per_token + k;
       }
+}
+
+void Routing::divide(int64_t rows) {
+  const auto tiles = [](const Segment& s) { return (s.rows + kRowTile - 1) / kRowTile; };
+  int64_t all = 0, largest = 0;
+  for (const Segment& s : segments) {
+    all += tiles(s) * kRowTile;
+    largest = std::max(largest, tiles(s) * kRowTile);
+  }
+  const int64_t room = all <= rows ? all : std::max(rows / kGroups / kRowTile * kRowTile, largest);
+  groups.clear();
+  int64_t used = 0, piece = 0;
+  for (int64_t i = 0; i < static_cast<int64_t>(segments.size()); ++i) {
+    Segment& s = segments[i];
+    if (groups.empty() || used + tiles(s) * kRowTile > room) {
+      groups.push_back({i, i, piece, piece});
+      used = 0;
+    }
+    const int64_t group = static_cast<int64_t>(groups.size()) - 1;
+    s.slot = group % kGroups * room + used;
+    s.after = group < kGroups ? 0 : groups[group - kGroups].end;
+    used += tiles(s) * kRowTile;
+    piece += tiles(s);
+    groups.back().end = i + 1;
+    groups.back().end_piece = piece;
+  }
+  slots = std::min(kGroups, static_cast<int64_t>(groups.size())) * room + kRowTile;
 }
 
 }  // namespace kjax

@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "memory.h"
 #include "routing.h"
+#include "schedule.h"
 #include "tasks.h"
 
 namespace kjax {
@@ -22,6 +23,12 @@ inline size_t size_of(Dtype dtype) { return dtype == Dtype::kBf16 ? 2 : 4; }
 // Length of an operand row: zero-padded for whole vectors, and never a multiple of 4 KB, where all rows would share one
 // L1 set.
 inline int64_t row_length(int64_t n) { return round_up(n, kPad) + kPad; }
+
+// Operand rows and activations that lie in memory at a time, for each thread: what two threads have stays in the L3 of
+// a desktop, and many have tasks enough in a group that they seldom wait where groups meet (docs/performance.md).
+constexpr size_t kRowMemory = size_t{8} << 20;
+// What is in force. Tests choose other bounds, which change no result; with 0 every segment is a group of its own.
+inline std::atomic<size_t> row_memory{kRowMemory};
 
 // Counters of one call, reset without reallocation.
 class Counters {
@@ -43,13 +50,13 @@ class Counters {
 // Memory between calls; calls take turns, so there is one.
 struct Workspace {
   Routing routing;
-  Memory rows, more_rows;  // operand rows by slot: x or dy [slots, row_length(width)]; h, and x in a recomputation
-  Memory sums;             // fp32 output [tokens, width] where the output itself is bf16
-  Memory partial;          // [routes, strips] parts of dgate
-  Memory activations;      // g and u, then dg and du, of a backward call, by slot
+  Memory rows;     // by slot: x and h of a forward call; dy, x where needed, and g and u, then dg and du, of a backward
+  Memory sums;     // fp32 output [tokens, width] where the output itself is bf16
+  Memory partial;  // [slots, strips] parts of dgate
   Memory low, low_gradients;  // T and dT of the adapters [routes, ranks]
   Memory scratch;             // of all threads
-  Counters gathered, ready, turn;
+  Counters gathered, ready, recomputed, turn;
+  Schedule schedule;
   Tasks tasks;
   std::vector<double> squares;  // per expert, of its adapters' gradients
 
@@ -61,7 +68,7 @@ struct Workspace {
     largest_ = std::max(largest_, routing.routes());
   }
   void release() {
-    for (Memory* memory : {&rows, &more_rows, &sums, &partial, &activations, &low, &low_gradients, &scratch}) memory->release();
+    for (Memory* memory : {&rows, &sums, &partial, &low, &low_gradients, &scratch}) memory->release();
     largest_ = 0;
     smaller_ = 0;
   }

@@ -216,7 +216,7 @@ def test_refused_threads_are_an_error_and_the_store_stays_usable():
 def test_memory_exhaustion_is_an_exception_and_the_store_stays_usable():
     code = REFUSED.replace(
         "np.zeros((8, 16), np.float32), route(rng, 8, 2, 1)",
-        "np.zeros((400000, 16), np.float32), route(rng, 400000, 2, 1)",
+        "np.zeros((400000, 16), np.uint16), route(rng, 400000, 2, 1)",  # bf16, so that 26 MB of sums are needed
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, env={**os.environ, "KJAX_THREADS": "1"},

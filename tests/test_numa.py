@@ -89,6 +89,7 @@ import experts_cases as cases
 from kjax import _ext
 nodes = {nodes}
 if nodes: _ext.make_up_nodes(nodes)
+_ext.set_row_memory({rows})
 from test_storage import files, bits_of
 print(bits_of(files(sys.argv[1]), "{storage}"))
 print(len(_ext.nodes()), len(set(_ext.thread_nodes())))
@@ -104,14 +105,17 @@ def mapped(tmp_path_factory):
     return directory, bits_of(files(directory), "mapped")
 
 
-@pytest.mark.parametrize("nodes, threads", [
-    ([[0], [1]], 2), ([[0], [1]], 1), ([[0], [1]], 5), ([[0, 1], [2, 3], [4, 5], [6, 7]], 8),
-    ([[0], [1], [2], [3]], 3), ([[0, 1, 2], [3]], 4),
+@pytest.mark.parametrize("nodes, threads, rows", [
+    ([[0], [1]], 2, 0), ([[0], [1]], 1, 0), ([[0], [1]], 5, 1 << 20), ([[0, 1], [2, 3], [4, 5], [6, 7]], 8, 0),
+    ([[0], [1], [2], [3]], 3, 0), ([[0, 1, 2], [3]], 4, 3000),
 ])  # fmt: skip
-def test_bits_do_not_depend_on_the_nodes(mapped, nodes, threads):
-    """One queue of tasks per node, also where a node has no thread, or more threads than cores."""
+def test_bits_do_not_depend_on_the_nodes(mapped, nodes, threads, rows):
+    """
+    One queue of tasks per node, also where a node has no thread, or more threads than cores; all rows in memory at a
+    time, and each expert's where those of another lay, which waits across the queues.
+    """
     directory, expected = mapped
-    code = RESULTS.format(nodes=nodes, storage="resident").replace("sys.argv[1]", repr(str(directory)))
+    code = RESULTS.format(nodes=nodes, rows=rows, storage="resident").replace("sys.argv[1]", repr(str(directory)))
     digest, counts = in_child(code, KJAX_THREADS=str(threads))
     assert digest == expected
     assert counts == f"{len(nodes)} {min(len(nodes), threads)}"
