@@ -189,7 +189,8 @@ def _fill(key: str, binding: Binding, macros: dict, used: set, missing: dict) ->
                 raise ConfigError(f"{where}: the macros name each other in a circle: {cycle}")
             if value.name not in macros:
                 name = value.name if value.name != REQUIRED else path[-1] if path else key
-                missing.setdefault(name, (key, where))
+                last = macros[path[-1]] if path else binding
+                missing.setdefault(name, (key, where, last.overrides if value.name == REQUIRED else ""))
                 return None
             used.add(value.name)
             target = macros[value.name]
@@ -205,11 +206,13 @@ def _fill(key: str, binding: Binding, macros: dict, used: set, missing: dict) ->
     return fill(binding.value, (), binding.origin), ", ".join(origins)
 
 
-def _build(values: dict[str, Any], origins: dict[str, str], missing: dict[str, tuple[str, str]]) -> settings.Config:
+def _build(values: dict[str, Any], origins: dict[str, str],
+           missing: dict[str, tuple[str, str, str]]) -> settings.Config:
     """The dataclasses, or one error with every missing value and every wrong one."""
     problems = [f"{where}: {name} has no value" + (f" ({key} needs it)" if key != name else "")
-                + f"; add {name} = ... or --gin.{name}=..." for name, (key, where) in missing.items()]
-    incomplete = {key.partition(".")[0] for key, _ in missing.values()}
+                + (f"; it overrides {before}, because later lines win: include the file before that line" if before
+                   else f"; add {name} = ... or --gin.{name}=...") for name, (key, where, before) in missing.items()]
+    incomplete = {key.partition(".")[0] for key, *_ in missing.values()}
     parts = {}
     for name, cls in CLASSES.items():
         for field in hints(name):

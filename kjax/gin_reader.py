@@ -37,12 +37,13 @@ class Call(NamedTuple):
 class Binding(NamedTuple):
     """A value as written, before its macros are filled in, and where: `file.gin:7` or the command-line text.
 
-    earlier: the macros of the bindings that this one overrides.
+    earlier: the macros of the bindings that this one overrides.  overrides: where the last of them is, or "".
     """
 
     value: Any
     origin: str
     earlier: frozenset[str] = frozenset()
+    overrides: str = ""
 
 
 def read(file: str | Path, macros: dict[str, Binding], bound: dict[str, Binding]):
@@ -203,7 +204,7 @@ def bind(bindings: dict[str, Binding], key: str, value: Any, origin: str):
     """Binds a name, over what it was bound to before."""
     before = bindings.get(key)
     earlier = before.earlier | set(macro_names(before.value)) if before else frozenset()
-    bindings[key] = Binding(value, origin, earlier)
+    bindings[key] = Binding(value, origin, earlier, before.origin if before else "")
 
 
 def macro_names(value: Any) -> Iterator[str]:

@@ -10,10 +10,11 @@ from kjax import config, lora
 
 
 def warmup_steps(settings: config.Optimizer, total_steps: int) -> int:
-    """The steps of warm-up: as set, or warmup_ratio of all steps, rounded up."""
+    """The steps of warm-up: as set, or warmup_ratio of all steps, rounded up, but never all of them: in a run of one
+    step, whose rate would be 0, nothing would be learned."""
     if settings.warmup_steps is not None:
         return settings.warmup_steps
-    return math.ceil(settings.warmup_ratio * total_steps)
+    return min(math.ceil(settings.warmup_ratio * total_steps), total_steps - 1)
 
 
 def schedule(settings: config.Optimizer, total_steps: int) -> optax.Schedule:

@@ -156,6 +156,18 @@ def test_includes_do_not_leave_the_directory(gin, tmp_path):
         gin_config.load(run, GIVEN)
 
 
+def test_an_include_that_takes_a_value_away_is_told(gin):
+    gin("A = %gin.REQUIRED\nLora.rank = %A\nLora.alpha = %gin.REQUIRED\n", "base.gin")
+    path = gin("A = 4\nLora.alpha = 2.0\ninclude 'base.gin'\n")
+    with pytest.raises(ConfigError) as error:
+        gin_config.load(path, GIVEN)
+    told, also = sorted(str(error.value).splitlines())
+    assert f"base.gin:1: A has no value (Lora.rank needs it); it overrides {path}:1, because later lines win" in told
+    assert f"base.gin:3: Lora.alpha has no value; it overrides {path}:2, because" in also
+    path = gin("include 'base.gin'\nA = 4\nLora.alpha = 2.0\n")
+    assert gin_config.load(path, GIVEN).lora.rank == 4
+
+
 def test_all_missing_values_at_once_and_wrong_ones_beside_them(gin):
     path = gin("A = %gin.REQUIRED\nLora.rank = %A\nLora.alpha = %B\nOptimizer.beta1 = 2.0\n"
                "Train.run_dir = %gin.REQUIRED\n")

@@ -138,6 +138,7 @@ def test_schedule_is_the_one_of_transformers():
     assert [float(rates(s)) for s in range(5)] == [1.0, 0.875, 0.75, 0.625, 0.5]
     settings = config.Optimizer(learning_rate=1.0, schedule="constant", warmup_ratio=0.11)
     assert optimizer.warmup_steps(settings, 10) == 2
+    assert optimizer.warmup_steps(settings, 1) == 0 and optimizer.schedule(settings, 1)(0) == 1.0
     assert [float(optimizer.schedule(settings, 10)(s)) for s in (0, 1, 2, 9)] == [0.0, 0.5, 1.0, 1.0]
 
 
