@@ -220,6 +220,7 @@ class Tables {
   typename Decode<F>::Scale scale(const Matrix& w, int64_t row, int64_t col) const {
     return Decode<F>::scale(w, at(row / kBlock, col / kBlock), row, col);
   }
+  const std::byte* at_block(int64_t row, int64_t col) const { return at(row / kBlock, col / kBlock); }
 
  private:
   std::byte* at(int64_t r, int64_t c) const { return room_ + ((r - row_) * wide_ + c - col_) * Decode<F>::kTableBytes; }

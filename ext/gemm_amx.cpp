@@ -17,6 +17,7 @@ namespace {
 
 }  // namespace
 
-const Gemm kAmxGemm = {"amx", kLine, 4 * kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), pack, begin, end};
+const Gemm kAmxGemm = {"amx", kLine, 4 * kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), KJAX_FORMATS(pack_of),
+                       begin, end};
 
 }  // namespace kjax

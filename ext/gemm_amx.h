@@ -32,6 +32,9 @@ void pack(const void* from, int64_t lda, int64_t count, int64_t first, int64_t r
     }
 }
 
+template <Format>
+constexpr Pack pack_of = pack;
+
 // Where the next tile of an operand lies: its start, the distance of its rows, and of one reduction step, in bytes.
 struct Operand {
   const void* base;

@@ -19,6 +19,7 @@ namespace {
 
 }  // namespace
 
-const Gemm kAmxSoftGemm = {"amx_soft", kLine, 4 * kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), pack, begin, end};
+const Gemm kAmxSoftGemm = {
+    "amx_soft", kLine, 4 * kLine, KJAX_FORMATS(along), KJAX_FORMATS(across), KJAX_FORMATS(pack_of), begin, end};
 
 }  // namespace kjax

@@ -122,7 +122,7 @@ inline void store_bf16_n(uint16_t* p, V v, int64_t n) {
 }  // namespace
 
 const FloatKernels kAvx2Kernels = {
-    {"avx2", kWidth, kWidth, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, nullptr, nullptr},
+    {"avx2", kWidth, kWidth, KJAX_FORMATS(along), KJAX_FORMATS(across), {}, nullptr, nullptr},
     {convert, swiglu, swiglu_backward, add_scaled},
     {dots, expand, outer, transpose_into, drop}};
 

@@ -59,7 +59,7 @@ inline V load_e4m3(const uint8_t* p) {
 }  // namespace
 
 const FloatKernels kAvx512Kernels = {
-    {"avx512", kWidth / 2, kWidth, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, nullptr, nullptr},
+    {"avx512", kWidth / 2, kWidth, KJAX_FORMATS(along), KJAX_FORMATS(across), {}, nullptr, nullptr},
     {convert, swiglu, swiglu_backward, add_scaled},
     {dots, expand, outer, transpose_into, drop}};
 

@@ -1,8 +1,11 @@
 // AVX512-BF16 kernels, chosen by an expert's number of rows and each prefetching the weights that come next.
-//   along : stored rows are read as they lie, or decoded to rows. Few operand rows meet them in dot products
-//           (dot_rows.h); more are packed in tiles of 16 tokens, the vector, and the stored row is broadcast a pair at a
-//           time. Nothing is transposed but the sums.
-//   across: two stored rows are interleaved into a panel of vectors, and operand rows are broadcast (panel_across.h).
+//   along : a few operand rows meet stored rows in dot products (dot_rows.h); more are broadcast against 16 stored rows
+//   in
+//           the lanes, decoded in registers (lanes_along.h); many are packed in tiles of 16 tokens, the vector, and the
+//           stored row, as it lies or decoded, is broadcast a pair at a time.
+//   across: two stored rows are decoded in registers and operand rows broadcast (lanes_across.h); for many rows they
+//   are
+//           interleaved into a panel of vectors before (panel_across.h).
 #include <immintrin.h>
 
 #include <utility>
@@ -20,10 +23,21 @@ namespace {
 #include "decode_ahead.h"
 #include "dot_rows.h"
 #include "panel_across.h"
+#include "lanes.h"
+#include "lanes_along.h"
+#include "lanes_across.h"
 
-// Up to kDotOnly rows the dot kernel takes all. Of more, it takes what is left over after whole tiles of 16 tokens, up
-// to kDotRows; more are padded to a tile.
-constexpr int64_t kDotOnly = 12, kDotRows = 8;
+// Up to `dot` rows of a format meet stored rows in dot products, then up to `along`, or across stored rows up to
+// `across`, decoded in registers: where these were the fastest of two threads reading from memory, D 2048. Of many
+// rows, the dot kernel takes what is left over after whole tiles of 16 tokens, up to kDotRows; more are padded to a
+// tile.
+struct Rows {
+  int64_t dot, along, across;
+};
+constexpr Rows kRows[kFormats] = {{12, 28, 12}, {}, {8, 44, 12}, {12, 0, 0}, {12, 0, 12}, {12, 0, 12}};
+template <Format F>
+constexpr Rows kRowsOf = kRows[static_cast<int>(F)];
+constexpr int64_t kDotRows = 8;
 constexpr int64_t kDepth = 2048;     // along: reduction per block of tiles of tokens
 constexpr int64_t kTileDepth = 256;  // of it, per visit of the token tiles: 48 tokens are 24 KB of L1; decoded rows
                                      // of one visit are made beside the products of the visit before
@@ -79,33 +93,43 @@ void token_tile(const uint16_t* w, Stride stride, const uint16_t* tokens, int64_
 }
 
 // Tiles of tokens in the packed part of a segment's operand rows, and the rows left over behind it.
-inline int64_t token_tiles(int64_t rows) {
-  return rows <= kDotOnly ? 0 : rows <= 20 ? 1 : rows < 32 ? 2 : rows / 16 + (rows % 16 > kDotRows);
-}
+inline int64_t token_tiles(int64_t rows) { return rows <= 20 ? 1 : rows < 32 ? 2 : rows / 16 + (rows % 16 > kDotRows); }
 inline int64_t left_over(int64_t rows) {
   const int64_t left = rows - 16 * token_tiles(rows);
   return left > 0 ? left : 0;
 }
 
-// Layout of `along`: tiles [column block of 32][tile of tokens][16 pairs][16 rows][2], zeros beyond the last row;
-// behind the room of their rows, what is left over as [column block of 32][row][32].
+// [rows of this call][columns] -> [column block of 32][row of `rows`][32], from row `first` on.
+inline void pack_rows(const uint16_t* from, int64_t lda, int64_t count, int64_t first, int64_t rows, int64_t k,
+                      int64_t depth, uint16_t* to) {
+  for (int64_t i = 0; i < depth; i += 32)
+    for (int64_t r = 0; r < count; ++r)
+      _mm512_storeu_si512(to + ((k + i) / 32 * rows + first + r) * 32, _mm512_loadu_si512(from + r * lda + i));
+}
+
+// Layout of `along` of many rows: tiles [column block of 32][tile of tokens][16 pairs][16 rows][2], zeros beyond the
+// last row; behind the room of their rows, what is left over as [column block of 32][row][32].
+void pack_tokens(const uint16_t* from, int64_t lda, int64_t count, int64_t first, int64_t rows, int64_t k,
+                 int64_t depth, uint16_t* packed, int64_t length) {
+  const int64_t tokens = token_tiles(rows), left = left_over(rows);
+  for (int64_t r = 0; r < count; r += 16) {
+    const uint16_t* const source = from + r * lda;
+    const int64_t n = count - r < 16 ? count - r : 16, tile = (first + r) / 16;
+    if (tile < tokens)
+      for (int64_t i = 0; i < depth; i += 32)
+        pack_tile(source + i, lda, n, packed + ((k + i) / 32 * tokens + tile) * kTile);
+    else pack_rows(source, lda, n, first + r - tokens * 16, left, k, depth, packed + tokens * 16 * length);
+  }
+}
+
+template <Format F>
 void pack(const void* from, int64_t lda, int64_t count, int64_t first, int64_t rows, int64_t k, int64_t depth,
           void* packed, int64_t length) {
-  const int64_t tokens = token_tiles(rows), left = left_over(rows);
-  uint16_t* const tiles = static_cast<uint16_t*>(packed);
-  for (int64_t r = 0; r < count; r += 16) {
-    const uint16_t* const source = static_cast<const uint16_t*>(from) + r * lda;
-    const int64_t n = count - r < 16 ? count - r : 16, tile = (first + r) / 16;
-    for (int64_t i = 0; i < depth; i += 32) {
-      const int64_t block = (k + i) / 32;
-      if (tile < tokens) {
-        pack_tile(source + i, lda, n, tiles + (block * tokens + tile) * kTile);
-      } else {
-        uint16_t* const to = tiles + tokens * 16 * length + (block * left + first + r - tokens * 16) * 32;
-        for (int64_t j = 0; j < n; ++j) _mm512_storeu_si512(to + j * 32, _mm512_loadu_si512(source + j * lda + i));
-      }
-    }
-  }
+  const uint16_t* const source = static_cast<const uint16_t*>(from);
+  uint16_t* const to = static_cast<uint16_t*>(packed);
+  if (rows <= kRowsOf<F>.dot) pack_rows(source, lda, count, first, rows, k, depth, to);
+  else if (rows <= kRowsOf<F>.along) pack_lanes(source, lda, count, first, rows, k, depth, to, length);
+  else pack_tokens(source, lda, count, first, rows, k, depth, to, length);
 }
 
 // What products of no rows cost: their decoding.
@@ -124,13 +148,8 @@ void decode_only(const Product& p) {
 }
 
 template <Format F>
-void along(const Product& p) {
+void along_tokens(const Product& p) {
   const int64_t tokens = token_tiles(p.rows), left = left_over(p.rows);
-  if (!tokens)
-    return p.rows == 0   ? decode_only<F>(p)
-           : p.rows <= 4 ? along_few<F, 4, 1, 4>(p)
-           : p.rows <= 8 ? along_few<F, 2, 5, 8>(p)
-                         : along_few<F, 2, 9, 12>(p);
   const Matrix& w = p.strip.matrix;
   constexpr Constant<kTileDepth + 32> kStride;
   uint16_t* const decoded = reinterpret_cast<uint16_t*>(p.scratch);             // this and the next [64][kStride]
@@ -215,9 +234,28 @@ void along(const Product& p) {
   }
 }
 
+template <Format F>
+void along(const Product& p) {
+  if (p.rows == 0) return decode_only<F>(p);
+  if (p.rows <= 4) return along_few<F, 4, 1, 4>(p);
+  if (p.rows <= 8) return along_few<F, 2, 5, 8>(p);
+  if constexpr (kRowsOf<F>.dot == 12)
+    if (p.rows <= 12) return along_few<F, 2, 9, 12>(p);
+  if constexpr (kRowsOf<F>.along > 0)
+    if (p.rows <= kRowsOf<F>.along) return along_lanes<F>(p);
+  along_tokens<F>(p);
+}
+
+template <Format F>
+void across(const Product& p) {
+  if constexpr (kRowsOf<F>.across > 0)
+    if (p.rows > 0 && p.rows <= kRowsOf<F>.across) return across_lanes<F>(p);
+  p.rows <= kFewRows ? across_few<F>(p) : across_many<F>(p);
+}
+
 }  // namespace
 
-const Gemm kAvx512Bf16Gemm = {"avx512bf16",         kLine, 4 * kLine, KJAX_FORMATS(along),
-                              KJAX_FORMATS(across), pack,  nullptr,   nullptr};
+const Gemm kAvx512Bf16Gemm = {"avx512bf16",       kLine,   4 * kLine, KJAX_FORMATS(along), KJAX_FORMATS(across),
+                              KJAX_FORMATS(pack), nullptr, nullptr};
 
 }  // namespace kjax

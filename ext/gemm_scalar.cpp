@@ -129,7 +129,7 @@ inline void store_bf16(uint16_t* p, V v) { store_bf16_n(p, v, kLanes); }
 }  // namespace
 
 const FloatKernels kScalarKernels = {
-    {"scalar", kWidth, kWidth, KJAX_FORMATS(along), KJAX_FORMATS(across), nullptr, nullptr, nullptr},
+    {"scalar", kWidth, kWidth, KJAX_FORMATS(along), KJAX_FORMATS(across), {}, nullptr, nullptr},
     {convert, swiglu, swiglu_backward, add_scaled},
     {dots, expand, outer, transpose_into, drop}};
 

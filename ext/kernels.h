@@ -68,9 +68,11 @@ struct Product {
   std::byte* scratch;  // this thread's, scratch_bytes() of the strip's matrix, aligned to 64
 };
 using Multiply = void (*)(const Product&);
-// Scratch of a product: two panels of 256 x 256 bf16, one multiplied while the other is decoded, or strips of fp32 of that
-// size; and the tables of a format that has them, 256 bytes for each 128 columns of two rows of blocks. 64 threads then
-// take 64 MB together with their results.
+using Pack = void (*)(const void* from, int64_t lda, int64_t count, int64_t first, int64_t rows, int64_t k,
+                      int64_t depth, void* packed, int64_t length);
+// Scratch of a product: two panels of 256 x 256 bf16, one multiplied while the other is decoded, or strips of fp32 of
+// that size; and the tables of a format that has them, 256 bytes for each 128 columns of two rows of blocks. 64 threads
+// then take 64 MB together with their results.
 constexpr size_t kPanelBytes = size_t{288} << 10;
 constexpr size_t scratch_bytes(int64_t cols) { return kPanelBytes + static_cast<size_t>(cols + 127) / 128 * 512; }
 
@@ -80,11 +82,10 @@ struct Gemm {
   int64_t along_width, across_width;  // strip widths that fill this ISA's scratch
   Multiply along[kFormats];
   Multiply across[kFormats];
-  // Null, or the layout in which `along` takes a segment's operand rows, padded to whole tiles of 16 rows: packs rows
-  // [first, first + count), first a multiple of 16, and columns [k, k + depth), k of 32, of a segment of `rows` operand
-  // rows of `length` numbers each.
-  void (*pack)(const void* from, int64_t lda, int64_t count, int64_t first, int64_t rows, int64_t k, int64_t depth,
-               void* packed, int64_t length);
+  // Nulls, or the layout in which `along` of a format takes a segment's operand rows, padded to whole tiles of 16 rows:
+  // packs rows [first, first + count), first a multiple of 16, and columns [k, k + depth), k of 32, of a segment of
+  // `rows` operand rows of `length` numbers each.
+  Pack pack[kFormats];
   // Null, or what a thread does before its first and after its last product of a job.
   void (*begin)();
   void (*end)();

@@ -60,15 +60,21 @@ void panel_tile(const uint16_t* a, int64_t lda, const uint16_t* panel, int64_t p
   cursor = beside;
 }
 
-// Calls f<R>(first row) for equal parts of at most `most` rows: a row or two of accumulators left over alone could not
-// hide the latency of the dot product.
+// Calls f(first row, rows) for equal parts of at most `most` rows: a row or two of accumulators left over alone could
+// not hide the latency of the dot product.
 template <int most, class F>
-inline void for_tiles(int64_t rows, F f) {
+inline void for_parts(int64_t rows, F f) {
   for (int64_t r = 0, parts = (rows + most - 1) / most; parts > 0; --parts) {
     const int64_t n = (rows - r + parts - 1) / parts;
-    with_rows<1, most>(n, [&]<int R>() { f.template operator()<R>(r); });
+    f(r, n);
     r += n;
   }
+}
+// The same with the number of rows as a template argument: f<R>(first row).
+template <int most, class F>
+inline void for_tiles(int64_t rows, F f) {
+  for_parts<most>(rows,
+                  [&](int64_t r, int64_t n) { with_rows<1, most>(n, [&]<int R>() { f.template operator()<R>(r); }); });
 }
 constexpr int kTileRows = 6;  // x 4 vectors: twenty-four accumulators
 inline int64_t tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
@@ -114,9 +120,9 @@ void across_many(const Product& p) {
   }
 }
 
+// Few rows: panels of all lines are made and multiplied in turns.
 template <Format F>
-void across(const Product& p) {
-  if (p.rows > kFewRows) return across_many<F>(p);
+void across_few(const Product& p) {
   const Matrix& w = p.strip.matrix;
   const int64_t lines = (p.strip.count + kLine - 1) / kLine;
   constexpr int64_t step = kFewDepth;

@@ -5,8 +5,8 @@
 //
 // Operand rows exist for kGroups groups of segments at a time, whatever the number of tokens. While the first products
 // of a group are made, the next is gathered and the last ones of the group before follow, so that a thread finds done
-// what it would have to wait for. The task that gathers waits until the group whose slots it takes has passed its turns on:
-// those are earlier tasks, and all first products of a whole group were claimed since.
+// what it would have to wait for. The task that gathers waits until the group whose slots it takes has passed its turns
+// on: those are earlier tasks, and all first products of a whole group were claimed since.
 #pragma once
 #include <algorithm>
 #include <initializer_list>
@@ -31,6 +31,7 @@ class Pass {
       : call(call),
         store(store),
         gemm(*kernels.gemm[static_cast<int>(store.format)]),
+        pack(gemm.pack[static_cast<int>(store.format)]),
         elementwise(*kernels.elementwise),
         space(space),
         routing(space.routing),
@@ -69,19 +70,18 @@ class Pass {
   // Copies the token rows of one piece together, rounded to the operand type, and packs them where `along` wants that.
   // then(expert, first route, rows, operand rows, their length) runs while they are in the cache.
   template <class Then>
-  void gather(const Worker& worker, const void* from, std::byte* rows, int64_t task, bool for_along,
-              Then then) const {
+  void gather(const Worker& worker, const void* from, std::byte* rows, int64_t task, bool for_along, Then then) const {
     const Piece& piece = routing.pieces[task];
     const Segment& s = routing.segments[piece.segment];
     const int64_t length = row_length(width);
-    const bool packed = for_along && gemm.pack;
+    const bool packed = for_along && pack;
     std::byte* const to = packed ? staging(worker) : row(rows, s.slot + piece.row, length);
     for (int64_t r = 0; r < piece.rows; ++r)
       elementwise.convert(static_cast<const std::byte*>(from) +
                               static_cast<size_t>(routing.token[s.first + piece.row + r] * width) * size_of(call.dtype),
                           call.dtype, to + r * length * size_of(type), type, width, length - width);
     then(s.expert, s.first + piece.row, piece.rows, to, length);
-    if (packed) gemm.pack(to, length, piece.rows, piece.row, s.rows, 0, width, row(rows, s.slot, length), length);
+    if (packed) pack(to, length, piece.rows, piece.row, s.rows, 0, width, row(rows, s.slot, length), length);
   }
 
   // The task of a piece: gathers it by copy() once nothing reads its slots any more.
@@ -144,22 +144,22 @@ class Pass {
       adapters.add_b(room(worker), s, kUp, gate.first, gate.count, t, cu, ldc);
     }
     // Where h is packed, or only adapters want it, its rows take the place of g's.
-    const bool packed = h && gemm.pack, staged = packed || (!h && adapters.has(kDown));
+    const bool packed = h && pack, staged = packed || (!h && adapters.has(kDown));
     const int64_t h_length = staged ? ldc * static_cast<int64_t>(sizeof(float) / size_of(type)) : row_length(hidden);
     std::byte* const h_rows = staged ? reinterpret_cast<std::byte*>(cg)
                               : h    ? row(h, s.slot, h_length) + gate.first * size_of(type)
                                      : nullptr;
-    const int64_t pad = staged                               ? round_up(gate.count, kPad) - gate.count
+    const int64_t pad = staged                              ? round_up(gate.count, kPad) - gate.count
                         : gate.first + gate.count == hidden ? h_length - hidden
-                                                             : 0;
+                                                            : 0;
     for (int64_t r = 0; r < s.rows; ++r) {
       const size_t kept = static_cast<size_t>(((by_slot ? s.slot : s.first) + r) * length + gate.first) * size_of(type);
       elementwise.swiglu(cg + r * ldc, cu + r * ldc, gate.count, pad, g ? g + kept : nullptr, g ? u + kept : nullptr,
                          h_rows ? h_rows + r * h_length * size_of(type) : nullptr, type);
     }
     if (packed)
-      gemm.pack(h_rows, h_length, s.rows, 0, s.rows, gate.first, gate.count, row(h, s.slot, row_length(hidden)),
-                row_length(hidden));
+      pack(h_rows, h_length, s.rows, 0, s.rows, gate.first, gate.count, row(h, s.slot, row_length(hidden)),
+           row_length(hidden));
     if (adapters.has(kDown))
       adapters.project_h(worker, room(worker), s, gate.first, gate.count, h_rows, h_length, type, done, block, t);
     done.fetch_add(1, std::memory_order_release);
@@ -219,18 +219,23 @@ class Pass {
   Strip first_strip(const Schedule::Task& task) const {
     const auto [stage, item, block] = task;
     switch (stage) {
-      case Stage::kGateUp: return strip(matrix(item, kGate), hidden, block, gemm.along_width);
-      case Stage::kDown: return strip(matrix(item, kDown), width, block, gemm.along_width);
-      case Stage::kInner: return strip(matrix(item, kDown), hidden, block, gemm.across_width);
-      case Stage::kOuter: return strip(matrix(item, kGate), width, block, gemm.across_width);
-      default: return {};
+      case Stage::kGateUp:
+        return strip(matrix(item, kGate), hidden, block, gemm.along_width);
+      case Stage::kDown:
+        return strip(matrix(item, kDown), width, block, gemm.along_width);
+      case Stage::kInner:
+        return strip(matrix(item, kDown), hidden, block, gemm.across_width);
+      case Stage::kOuter:
+        return strip(matrix(item, kGate), width, block, gemm.across_width);
+      default:
+        return {};
     }
   }
   static bool along(Stage stage) { return stage == Stage::kGateUp || stage == Stage::kDown; }
 
   // Whose expert a task reads, so that threads prefer those in the memory of their node.
   int64_t segment_of(const Schedule::Task& task) const {
-    return task.stage == Stage::kGather ? routing.pieces[task.item].segment
+    return task.stage == Stage::kGather  ? routing.pieces[task.item].segment
            : task.stage == Stage::kClear ? 0
                                          : task.item;
   }
@@ -242,9 +247,8 @@ class Pass {
     Tasks& tasks = space.tasks;
     const Schedule& schedule = space.schedule;
     const int64_t count = schedule.count();
-    tasks.reset(count, store.split() ? static_cast<int>(nodes().size()) : 1, [&](int64_t t) {
-      return home_of(store.node(routing.segments[segment_of(schedule.at(t))].expert));
-    });
+    tasks.reset(count, store.split() ? static_cast<int>(nodes().size()) : 1,
+                [&](int64_t t) { return home_of(store.node(routing.segments[segment_of(schedule.at(t))].expert)); });
     const size_t bytes = worker_bytes();
     space.scratch.grow(bytes * static_cast<size_t>(thread_count()));
     auto job = [&](Worker& worker) {
@@ -279,6 +283,7 @@ class Pass {
   const Call& call;
   const Store& store;
   const Gemm& gemm;
+  const Pack pack;
   const Elementwise& elementwise;
   Workspace& space;
   const Routing& routing;

@@ -49,8 +49,8 @@ std::string fuzz_product(const Kernels& kernels, uint64_t seed) {
     const float whole = 1;
     std::memcpy(plain.data() + (r * lda + hot[r]) * size, size == 2 ? static_cast<const void*>(&one) : &whole, size);
   }
-  const bool takes_packed = along && gemm.pack;
-  if (takes_packed) gemm.pack(plain.data(), lda, m, 0, m, 0, depth, packed.data(), lda);
+  const bool takes_packed = along && gemm.pack[which];
+  if (takes_packed) gemm.pack[which](plain.data(), lda, m, 0, m, 0, depth, packed.data(), lda);
 
   const int64_t ldc = (count + kLine - 1) / kLine * kLine;
   Memory c(static_cast<size_t>((m + 15) / 16 * 16 * ldc) * 4);

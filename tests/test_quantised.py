@@ -115,13 +115,21 @@ def test_scales_lie_in_other_shards(pair):
     assert sum(scale.path != codes.path for scale, codes in pairs) > len(pairs) / 3
 
 
+def assert_same_sums(found, expected):
+    """Kernels of one format may add the same products in another order than those of bf16 do. That moves fp32 sums by
+    some 2^-22, which rounds one number of h in 2000 to the next bf16, 2^-8 of it away; weights that are not the same
+    would be up to 2^-9 apart each."""
+    assert np.abs(expected).max() > 0
+    assert np.linalg.norm(found - expected) <= 2.0**-12 * np.linalg.norm(expected)
+
+
 def test_logits_are_those_of_the_bf16_copy(pair):
-    """The same products of the same numbers: only the order of fp32 sums may differ, then rounded to bf16."""
+    """The same products of the same numbers."""
     stored, meant, _ = pair
     with kjax.load(stored) as model, kjax.load(meant) as copy:
         assert model.store.format != "bf16"
         logits, expected = (np.asarray(m.logits(TOKENS)) for m in (model, copy))
-    np.testing.assert_array_equal(logits, expected)
+    assert_same_sums(logits, expected)
 
 
 @pytest.mark.parametrize(("family", "kind"), [("glm4_moe qk_norm", "channel"), ("glm4_moe", "channel_bf16"),
@@ -147,7 +155,7 @@ def test_whole_models_as_they_are_published(tmp_path, family, kind):
         assert model.store.format == FORMATS_OF[kind] and copy.store.format == "bf16"
         logits, expected = (np.asarray(m.logits(tokens)) for m in (model, copy))
         assert_equal(model.params, copy.params)
-    np.testing.assert_array_equal(logits, expected)
+    assert_same_sums(logits, expected)
     with kjax.load(stored, dtype="float32", weights="8bit") as model:  # its own codes, and an INT8 head
         errors = np.asarray(model.logits(tokens)) - expected
     assert 0 < np.abs(errors).max() <= 0.02 * np.abs(expected).max()
@@ -198,8 +206,7 @@ def test_gradients_are_those_of_the_bf16_copy(pair):
             y, vjp = jax.vjp(lambda x, gate, store=store: host_experts(store, 0, x, idx, gate), x, gate)
             results.append(jax.tree.map(np.asarray, (y, *vjp(dy))))
     for found, expected in zip(*results, strict=True):
-        assert np.abs(expected).max() > 0
-        np.testing.assert_array_equal(found, expected)
+        assert_same_sums(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int4"])
@@ -218,4 +225,4 @@ def test_training(tmp_path, kind):
         assert np.abs(adapted - np.asarray(unembed(model.params, hidden))).max() > 1e-3
     assert json.loads((run.adapter / adapters.RECORD).read_text())["base"]["weights"] == base.weights
     with pytest.warns(UserWarning, match="config.json"), kjax.load(made[1], run.adapter, dtype="float32") as model:
-        np.testing.assert_array_equal(model.logits(TOKENS), adapted)
+        assert_same_sums(np.asarray(model.logits(TOKENS)), adapted)

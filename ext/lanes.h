@@ -1,0 +1,76 @@
+// Codes -> bf16 pairs in registers, while sums fill most of them: as far as it can be done with instructions that leave
+// the two ports of the dot products alone, and without storing what was decoded, for a store takes as long as two of
+// them. Included inside an unnamed namespace after panel_across.h.
+
+// 16 stored rows x 64 bytes of columns -> 16 vectors, each with the same 4 bytes of all rows; with `words` each lane of
+// 128 bits has the first 2 bytes of its four rows, then the next 2.
+template <bool words>
+inline void transpose_codes(const uint8_t* p, int64_t step, std::byte* out) {
+  __m512i of[4][4];  // by groups of four rows
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    const auto row = [&](int64_t i) { return _mm512_loadu_si512(p + (4 * g + i) * step); };
+    const __m512i r0 = row(0), r1 = row(1), r2 = row(2), r3 = row(3);
+    const __m512i a = words ? _mm512_unpacklo_epi16(r0, r1) : _mm512_unpacklo_epi32(r0, r1),
+                  b = words ? _mm512_unpackhi_epi16(r0, r1) : _mm512_unpackhi_epi32(r0, r1),
+                  c = words ? _mm512_unpacklo_epi16(r2, r3) : _mm512_unpacklo_epi32(r2, r3),
+                  d = words ? _mm512_unpackhi_epi16(r2, r3) : _mm512_unpackhi_epi32(r2, r3);
+    of[0][g] = words ? _mm512_unpacklo_epi32(a, c) : _mm512_unpacklo_epi64(a, c);
+    of[1][g] = words ? _mm512_unpackhi_epi32(a, c) : _mm512_unpackhi_epi64(a, c);
+    of[2][g] = words ? _mm512_unpacklo_epi32(b, d) : _mm512_unpacklo_epi64(b, d);
+    of[3][g] = words ? _mm512_unpackhi_epi32(b, d) : _mm512_unpackhi_epi64(b, d);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i(&v)[4] = of[i];
+    const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x88), b = _mm512_shuffle_i32x4(v[0], v[1], 0xdd),
+                  c = _mm512_shuffle_i32x4(v[2], v[3], 0x88), d = _mm512_shuffle_i32x4(v[2], v[3], 0xdd);
+    _mm512_store_si512(out + 64 * i, _mm512_shuffle_i32x4(a, c, 0x88));
+    _mm512_store_si512(out + 64 * (i + 4), _mm512_shuffle_i32x4(b, d, 0x88));
+    _mm512_store_si512(out + 64 * (i + 8), _mm512_shuffle_i32x4(a, c, 0xdd));
+    _mm512_store_si512(out + 64 * (i + 12), _mm512_shuffle_i32x4(b, d, 0xdd));
+  }
+}
+
+// Codes by a table of the low and the high bytes of the 128 magnitudes, signs in the high ones.
+struct LowHigh {
+  __m512i low, high;
+};
+inline __attribute__((always_inline)) LowHigh by_table(__m512i codes, const std::byte* table) {
+  const auto line = [&](int64_t i) { return _mm512_load_si512(table + 64 * i); };
+  const __m512i low = _mm512_permutex2var_epi8(line(0), codes, line(1));
+  const __m512i magnitude = _mm512_permutex2var_epi8(line(2), codes, line(3));
+  return {low, _mm512_ternarylogic_epi32(magnitude, codes, _mm512_set1_epi8(static_cast<char>(0x80)),
+                                         0x78)};  // magnitude ^ (codes & sign)
+}
+
+// How codes of 16 stored rows, as transpose_codes leaves them, become pairs of columns. Formats whose weights have to
+// be multiplied for that are faster decoded once for all operand rows (decode_ahead.h).
+//   kPairs   pairs of columns in a vector of codes
+//   kWords   how transpose_codes is to lay them
+//   load(p, table)   a vector of codes, as far as it is decoded at once
+//   pair(loaded, i)  a vector of bf16 pairs of it; i is known after unrolling
+template <Format F>
+struct Lanes;
+
+template <>
+struct Lanes<Format::kBf16> {
+  static constexpr int64_t kPairs = 1;
+  static constexpr bool kWords = false;
+  static inline __attribute__((always_inline)) __m512i load(const std::byte* p, const std::byte*) {
+    return _mm512_load_si512(p);
+  }
+  static inline __attribute__((always_inline)) __m512i pair(__m512i v, int64_t) { return v; }
+};
+
+template <>
+struct Lanes<Format::kFp8Block> {
+  static constexpr int64_t kPairs = 2;
+  static constexpr bool kWords = true;
+  static inline __attribute__((always_inline)) LowHigh load(const std::byte* p, const std::byte* table) {
+    return by_table(_mm512_load_si512(p), table);
+  }
+  static inline __attribute__((always_inline)) __m512i pair(const LowHigh& v, int64_t i) {
+    return i ? _mm512_unpackhi_epi8(v.low, v.high) : _mm512_unpacklo_epi8(v.low, v.high);
+  }
+};
