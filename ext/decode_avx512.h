@@ -229,10 +229,11 @@ class Tables {
 };
 
 // Rows [row, row + rows) x columns [k, k + depth) -> out [rows][stride], k a multiple of 128; up to the next multiple
-// of 64 columns are written, those from depth on are finite.
+// of 64 columns are written, those from depth on are finite. Not inlined: among a product's loops INT8 took half again
+// as long.
 template <Format F>
-inline void decode_rows(const Matrix& w, const Tables<F>& tables, int64_t row, int64_t rows, int64_t k, int64_t depth,
-                        uint16_t* out, int64_t stride, Prefetch& cursor) {
+__attribute__((noinline)) void decode_rows(const Matrix& w, const Tables<F>& tables, int64_t row, int64_t rows,
+                                           int64_t k, int64_t depth, uint16_t* out, int64_t stride, Prefetch& cursor) {
   Prefetch prefetch = cursor;
   const int64_t row_size = row_bytes(F, w.cols);
   for (int64_t i = 0; i < depth; i += kBlock) {
