@@ -74,3 +74,41 @@ struct Lanes<Format::kFp8Block> {
     return i ? _mm512_unpackhi_epi8(v.low, v.high) : _mm512_unpacklo_epi8(v.low, v.high);
   }
 };
+
+constexpr int kLaneRows = 12;  // operand rows of a tile, x 2 vectors: twenty-four sums
+
+// The sums of a tile of R operand rows x 32 numbers. Few rows have others for odd pairs: a dot product takes 6 cycles.
+template <int R>
+struct LaneSums {
+  static constexpr int kChains = R <= 5 ? 2 : 1;
+  __m512 of[kChains][R][2];
+
+  inline __attribute__((always_inline)) LaneSums(const float* c, int64_t ldc, bool add) {
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        of[kChains - 1][i][j] = _mm512_setzero_ps();
+        of[0][i][j] = add ? _mm512_loadu_ps(c + i * ldc + j * 16) : _mm512_setzero_ps();
+      }
+  }
+  // Pair `q` of the rows at x [R][2], times two vectors of pairs.
+  inline __attribute__((always_inline)) void multiply(int64_t q, const uint16_t* x, const __m512i (&y)[2]) {
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i) {
+      __m512i pair;  // an operand of its own would be loaded for each dot product
+      __asm__("vpbroadcastd %1, %0" : "=v"(pair) : "m"(*reinterpret_cast<const int*>(x + 2 * i)));
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j)
+        of[q % kChains][i][j] = _mm512_dpbf16_ps(of[q % kChains][i][j], as_bf16(pair), as_bf16(y[j]));
+    }
+  }
+  inline __attribute__((always_inline)) void store(float* c, int64_t ldc) const {
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j)
+        _mm512_storeu_ps(c + i * ldc + j * 16,
+                         kChains == 1 ? of[0][i][j] : _mm512_add_ps(of[0][i][j], of[kChains - 1][i][j]));
+  }
+};

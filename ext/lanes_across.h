@@ -138,15 +138,7 @@ template <Format F, int R, int half>
 void across_tile(const uint16_t* a, const uint8_t* w, int64_t row_size, int64_t pairs, const std::byte* table,
                  const uint8_t* scales, int64_t scales_step, float* c, int64_t ldc, bool add, Prefetch& cursor) {
   Prefetch prefetch = cursor;
-  constexpr int kChains = R <= 5 ? 2 : 1;  // sums of their own for odd pairs: a dot product takes 6 cycles
-  __m512 sum[kChains][R][2];
-#pragma GCC unroll 12
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      sum[kChains - 1][i][j] = _mm512_setzero_ps();
-      sum[0][i][j] = add ? _mm512_loadu_ps(c + i * ldc + j * 16) : _mm512_setzero_ps();
-    }
+  LaneSums<R> sums(c, ldc, add);
   for (; pairs > 0; pairs -= 2) {  // an even number: operand rows are padded
     prefetch.tick();
     __asm__("" : "+r"(table));  // its lines are read again and again: sums need the registers
@@ -156,23 +148,11 @@ void across_tile(const uint16_t* a, const uint8_t* w, int64_t row_size, int64_t 
       AcrossLanes<F>::pairs(w, w + row_size, half, table, scales, scales + scales_step, y);
       w += 2 * row_size;
       scales += 2 * scales_step;
-#pragma GCC unroll 12
-      for (int i = 0; i < R; ++i) {
-        __m512i pair;
-        __asm__("vpbroadcastd %1, %0" : "=v"(pair) : "m"(*reinterpret_cast<const int*>(a + 2 * i)));
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j)
-          sum[q % kChains][i][j] = _mm512_dpbf16_ps(sum[q % kChains][i][j], as_bf16(pair), as_bf16(y[j]));
-      }
+      sums.multiply(q, a, y);
       a += 2 * R;
     }
   }
-#pragma GCC unroll 12
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j)
-      _mm512_storeu_ps(c + i * ldc + j * 16,
-                       kChains == 1 ? sum[0][i][j] : _mm512_add_ps(sum[0][i][j], sum[kChains - 1][i][j]));
+  sums.store(c, ldc);
   cursor = prefetch;
 }
 

@@ -2,7 +2,6 @@
 // operand rows. Included inside an unnamed namespace after lanes.h.
 
 constexpr int64_t kLanesDepth = 256;  // columns per visit: the codes of 64 stored rows are 16 or 32 KB of L1
-constexpr int kLaneRows = 12;         // x 2 vectors: twenty-four sums
 
 // C [R, 32] (+)= A [pairs][R][2] x codes [2][vectors][16 stored rows]
 template <Format F, int R>
@@ -10,15 +9,7 @@ void lane_tile(const uint16_t* a, const std::byte* codes, int64_t codes_step, in
                float* c, int64_t ldc, bool add, Prefetch& cursor) {
   Prefetch prefetch = cursor;
   constexpr int64_t P = Lanes<F>::kPairs, kWhole = kBlock / 2;
-  constexpr int kChains = R <= 5 ? 2 : 1;  // sums of their own for odd pairs: a dot product takes 6 cycles
-  __m512 sum[kChains][R][2];
-#pragma GCC unroll 12
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      sum[kChains - 1][i][j] = _mm512_setzero_ps();
-      sum[0][i][j] = add ? _mm512_loadu_ps(c + i * ldc + j * 16) : _mm512_setzero_ps();
-    }
+  LaneSums<R> sums(c, ldc, add);
   for (int64_t k = 0; k < pairs; k += kWhole) {
     for (int64_t n = pairs - k < kWhole ? pairs - k : kWhole; n > 0; n -= P) {
       prefetch.tick();
@@ -26,27 +17,15 @@ void lane_tile(const uint16_t* a, const std::byte* codes, int64_t codes_step, in
       const auto v = Lanes<F>::load(codes, table), w = Lanes<F>::load(codes + codes_step, table);
 #pragma GCC unroll 4
       for (int64_t q = 0; q < P; ++q) {
-        const __m512bh y[2] = {as_bf16(Lanes<F>::pair(v, q)), as_bf16(Lanes<F>::pair(w, q))};
-#pragma GCC unroll 12
-        for (int i = 0; i < R; ++i) {
-          __m512i pair;  // an operand of its own would be loaded for each dot product
-          __asm__("vpbroadcastd %1, %0" : "=v"(pair) : "m"(*reinterpret_cast<const int*>(a + 2 * (q * R + i))));
-#pragma GCC unroll 2
-          for (int j = 0; j < 2; ++j)
-            sum[q % kChains][i][j] = _mm512_dpbf16_ps(sum[q % kChains][i][j], as_bf16(pair), y[j]);
-        }
+        const __m512i y[2] = {Lanes<F>::pair(v, q), Lanes<F>::pair(w, q)};
+        sums.multiply(q, a + 2 * q * R, y);
       }
       a += 2 * P * R;
       codes += 64;
     }
     table += Decode<F>::kTableBytes;
   }
-#pragma GCC unroll 12
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j)
-      _mm512_storeu_ps(c + i * ldc + j * 16,
-                       kChains == 1 ? sum[0][i][j] : _mm512_add_ps(sum[0][i][j], sum[kChains - 1][i][j]));
+  sums.store(c, ldc);
   cursor = prefetch;
 }
 
