@@ -61,16 +61,16 @@ inline void two_by_two(const Operand (&a)[2], const Operand (&b)[2], int64_t ste
   for (int64_t s = 0; s < steps; ++s) {
     tile_load(4, a[0].at(s), a[0].stride);
     tile_load(6, b[0].at(s), b[0].stride);
+    tile_load(7, b[1].at(s), b[1].stride);
+    tile_load(5, a[1].at(s), a[1].stride);
+    between.tick();
     tile_dpbf16(0, 4, 6);
     between.tick();
-    tile_load(7, b[1].at(s), b[1].stride);
     tile_dpbf16(1, 4, 7);
     between.tick();
-    tile_load(5, a[1].at(s), a[1].stride);
     tile_dpbf16(2, 5, 6);
     between.tick();
     tile_dpbf16(3, 5, 7);
-    between.tick();
   }
   tile_store(0, c[0], stride);
   tile_store(1, c[1], stride);
@@ -127,12 +127,12 @@ inline void four_by_one(const Operand (&stored)[4], const Operand& tokens, int64
 }
 constexpr int64_t kTicks = 4;  // per step, in both
 
-// The strip and block that are `ahead` of block i of this one; no data where there is none.
-struct Later {
+// Block i of this strip, or of the next one behind it; no data where there is none.
+struct Block {
   Strip strip;
   int64_t start, size;
 };
-inline Later later(const Product& p, const Blocks& blocks, int64_t next_total, int64_t i) {
+inline Block block_of(const Product& p, const Blocks& blocks, int64_t next_total, int64_t i) {
   if (i < blocks.count()) return {p.strip, blocks.start(i), blocks.size(i)};
   const Blocks next{next_total, blocks.first, blocks.step};
   i -= blocks.count();
@@ -157,19 +157,20 @@ void along(const Product& p) {
   const auto in_place = [&](int64_t i) {
     return Decode<F>::kInPlace && p.strip.count == kLine && blocks.size(i) % 32 == 0;
   };
-  const auto decoder = [&](int64_t i, int64_t ticks) {
-    const bool wanted = i < blocks.count() && !in_place(i);
-    return TilesAhead<F>(p.strip, wanted ? blocks.start(i) : 0, wanted ? blocks.size(i) : 0, kSteps,
-                         tiles + i % 2 * kTiles, room, ticks);
+  const auto decoded = [&](int64_t i) { return i < blocks.count() && !in_place(i); };
+  const auto decoder = [&](int64_t i, int64_t ticks, const Later<F>& later) {
+    return TilesAhead<F>(p.strip, decoded(i) ? blocks.start(i) : 0, decoded(i) ? blocks.size(i) : 0, kSteps,
+                         tiles + i % 2 * kTiles, room, ticks, later);
   };
-  decoder(0, 1).finish();
+  decoder(0, 1, {}).finish();
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const int64_t k = blocks.start(i), steps = blocks_of(blocks.size(i), 32), ticks = token_tiles * steps * kTicks;
-    const Later l = later(p, blocks, p.next.matrix.cols, i + (Decode<F>::kInPlace ? 1 : 2));
-    Between<TilesAhead<F>> between{
-        Prefetch(byte_at(F, l.strip.matrix, l.strip.first, l.start), row_bytes(F, l.strip.matrix.cols),
-                 bytes_of(F, l.size), l.strip.count, ticks),
-        decoder(i + 1, ticks)};
+    // The block after the next is asked for by decoding the next one, or where none is decoded, by itself.
+    const Block after = block_of(p, blocks, p.next.matrix.cols, i + (Decode<F>::kInPlace ? 1 : 2));
+    const Strip& s = after.strip;
+    Between<TilesAhead<F>> between{Prefetch(decoded(i + 1) ? nullptr : byte_at(F, s.matrix, s.first, after.start),
+                                            row_bytes(F, s.matrix.cols), bytes_of(F, after.size), s.count, ticks),
+                                   decoder(i + 1, ticks, Later<F>(s.matrix, s.first, s.count, after.start))};
     Operand stored[4];
     for (int64_t j = 0; j < 4; ++j)
       stored[j] = in_place(i) ? Operand{w.data + ((p.strip.first + 16 * j) * w.cols + k) * 2, w.cols * 2, 64}
@@ -201,20 +202,21 @@ void across(const Product& p) {
   const int64_t token_tiles = blocks_of(p.rows, 16), lines = blocks_of(p.strip.count, kLine);
   const Blocks blocks{w.rows, kFirstAcrossDepth, kAcrossDepth};
   const auto pairs_of = [&](int64_t i) { return blocks_of(blocks.size(i), 32) * 16; };
-  const auto decoder = [&](int64_t i, int64_t ticks) {
-    const bool wanted = i < blocks.count();
-    return PanelAhead<F>(p.strip, wanted ? blocks.start(i) : 0, wanted ? blocks.size(i) : 0, wanted ? pairs_of(i) : 0,
-                         panels + i % 2 * kPanel, room, ticks);
+  const auto decoder = [&](int64_t i, int64_t ticks, const Later<F>& later) {
+    const bool decoded = i < blocks.count();
+    return PanelAhead<F>(p.strip, decoded ? blocks.start(i) : 0, decoded ? blocks.size(i) : 0,
+                         decoded ? pairs_of(i) : 0, panels + i % 2 * kPanel, room, ticks, later);
   };
-  decoder(0, 1).finish();
+  decoder(0, 1, {}).finish();
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const int64_t k = blocks.start(i), pairs = pairs_of(i), steps = pairs / 16,
                   ticks = token_tiles * lines * steps * kTicks;
-    const Later l = later(p, blocks, p.next.matrix.rows, i + 2);
-    Between<PanelAhead<F>> between{
-        Prefetch(byte_at(F, l.strip.matrix, l.start, l.strip.first), row_bytes(F, l.strip.matrix.cols),
-                 bytes_of(F, l.strip.count), l.size, ticks),
-        decoder(i + 1, ticks)};
+    const Block after = block_of(p, blocks, p.next.matrix.rows, i + 2);
+    const Strip& s = after.strip;
+    const bool asks = i + 1 < blocks.count();  // as in `along`
+    Between<PanelAhead<F>> between{Prefetch(asks ? nullptr : byte_at(F, s.matrix, after.start, s.first),
+                                            row_bytes(F, s.matrix.cols), bytes_of(F, s.count), after.size, ticks),
+                                   decoder(i + 1, ticks, Later<F>(s.matrix, after.start, after.size, s.first))};
     const bool add = p.add || i > 0;
     const auto token = [&](int64_t t) {
       return Operand{static_cast<const uint16_t*>(p.a) + t * 16 * p.lda + k, p.lda * 2, 64};

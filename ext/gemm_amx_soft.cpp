@@ -13,7 +13,8 @@ namespace {
 #include "prefetch.h"
 #include "decode_avx512.h"
 #include "decode_panel.h"
-#include "decode_ahead.h"
+#include "pace.h"
+#include "decode_tiles.h"
 #include "tile.h"
 #include "gemm_amx.h"
 

@@ -20,6 +20,7 @@ namespace {
 #include "prefetch.h"
 #include "decode_avx512.h"
 #include "decode_panel.h"
+#include "pace.h"
 #include "decode_ahead.h"
 #include "dot_rows.h"
 #include "panel_across.h"
