@@ -123,7 +123,7 @@ class PanelAhead {
  private:
   static constexpr int64_t kTogether = 8;  // bounds the DRAM pages open at once, too
   // Columns of a row to ask for at a time: 128 bytes, which memory delivers together. Single lines came at half the
-  // rate.
+  // rate, and the rows of a unit at once filled the core's buffers: lines of columns that share them share the rows.
   static constexpr int64_t kAsked = 1024 / kBits[static_cast<int>(F)];
 
   __attribute__((noinline)) void unit() {
@@ -134,14 +134,15 @@ class PanelAhead {
     const auto scale_of = [&](int64_t row) { return tables_.scale(strip_.matrix, row, block); };
     if (k_ + first + 2 * kTogether <= end && strip_.count - c >= kLine) {
       auto scale = scale_of(k_ + first);
+      const int64_t share = kAsked / kLine < lines_ ? kAsked / kLine : lines_;
       const auto load = [&](int64_t row, const uint8_t* p) __attribute__((always_inline)) {
         if constexpr (Decode<F>::kBlockRows == 1) scale = scale_of(row);
         return Decode<F>::load(scale, p, at, kLine);
       };
 #pragma GCC unroll 1
       for (int64_t r = first; r < first + 2 * kTogether; r += 2, p += 2 * stride, out += kLine * 2) {
-        if (c % kAsked == 0)
-          for (int64_t i = r; i < r + 2; ++i) later_.ask(i, c, kAsked);
+        if ((r - first) / 2 * share / kTogether == line_ % share)
+          for (int64_t i = r; i < r + 2; ++i) later_.ask(i, c / kAsked * kAsked, kAsked);
         if constexpr (DecodePair<F>::kExists) {
           DecodePair<F>::load(scale_of(k_ + r), p, scale_of(k_ + r + 1), p + stride, at, out);
         } else {

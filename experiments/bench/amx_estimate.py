@@ -22,7 +22,7 @@ from pathlib import Path
 
 EXT = Path(__file__).parents[2] / "ext"
 FORMATS = {"bf16": 0, "fp8_block": 2, "fp8_channel": 3, "int4_group32": 4, "int8_group128": 5}
-UNIT = {"forward": 128, "backward": 128}  # weights of a unit: 128 of a row, 64 of each of two rows
+UNIT = 1024  # weights decoded at a time: 128 columns of 8 rows, or 64 of 16
 BITS = {"bf16": 16, "fp8_block": 8, "fp8_channel": 8, "int4_group32": 4.5, "int8_group128": 8.125}
 GHZ, ROWS = 2.0, (16, 64, 256, 1024)
 
@@ -53,8 +53,9 @@ def build(folder: Path) -> Path:
     flags = re.search(r'kjax_kernel\(gemm_amx\.cpp "([^"]*)"\)', (EXT / "CMakeLists.txt").read_text())[1].split(";")
     (folder / "driver.cpp").write_text(DRIVER)
     common = ["c++", "-std=c++20", "-O3", "-ffp-contract=off", "-w", f"-I{EXT}"]
-    run(*common, *flags, "-c", str(EXT / "gemm_amx.cpp"), "-o", str(folder / "gemm_amx.o"))
-    run(*common, "-no-pie", str(folder / "driver.cpp"), str(folder / "gemm_amx.o"), "-o", str(folder / "driver"))
+    sources = ["gemm_amx.cpp", "gemm_avx512bf16.cpp"]  # the second for few rows
+    run(*common, *flags, "-no-pie", str(folder / "driver.cpp"), *(str(EXT / s) for s in sources),
+        "-o", str(folder / "driver"))  # fmt: skip
     return folder / "driver"
 
 
@@ -163,7 +164,7 @@ def main():
                     )
                     path = follow(driver, [str(number), str(int(direction == "backward"))], 6000)
                     followed = one_unit(path, unit)
-                    per_tile = 512 / UNIT[direction]
+                    per_tile = 512 / UNIT
                     decode, operations = (per_tile * n for n in cycles(options.mca, followed))
                     instructions = per_tile * len(followed)
                 cells = []
