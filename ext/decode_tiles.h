@@ -57,7 +57,7 @@ class TilesAhead {
     const int64_t stride = row_bytes(F, strip_.matrix.cols), last = strip_.count - 1, left = depth_ - at_;
     const uint8_t* const stored = byte_at(F, strip_.matrix, strip_.first, k_ + at_);
     uint16_t* out = tiles_ + (row_ / 16 * tile_steps_ + at_ / 32) * kTile + row_ % 16 * 32;
-    const auto rows = [&](auto decode) __attribute__((always_inline)) {
+    const auto rows = [&](auto decode) {
       auto scale = tables_.scale(strip_.matrix, strip_.first + (row_ < last ? row_ : last), k_ + at_);
 #pragma GCC unroll 1
       for (int64_t i = row_; i < row_ + kTogether; ++i, out += 32) {
