@@ -61,7 +61,7 @@ class RowsAhead {
   Prefetch prefetch_;
 };
 
-// Stored rows [k, k + depth) of a strip -> panels as PanelAhead leaves them, and later bytes asked for. Always inlined
+// Stored rows [k, k + depth) of a strip -> panels as across_panel makes them, and later bytes asked for. Always inlined
 // and without remainders, so that a product's sums stay in registers. A unit is 64 columns of a pair.
 template <Format F>
 class PairsAhead {
@@ -97,7 +97,7 @@ class PairsAhead {
   const Prefetch& prefetch() const { return prefetch_; }
 
  private:
-  static constexpr int64_t kTogether = 16;  // pairs per visit of a line of columns, as in PanelAhead
+  static constexpr int64_t kTogether = 16;  // pairs per visit of a line of columns, as in across_panel
 
   inline __attribute__((always_inline)) Weights load(int64_t row, int64_t c, int64_t n) const {
     const int64_t block = (first_ + c) / kBlock * kBlock;

@@ -9,23 +9,22 @@ class Later {
   Later() = default;
   // `rows` stored rows from (row, col) on
   Later(const Matrix& w, int64_t row, int64_t rows, int64_t col)
-      : data_(byte_at(F, w, row, col)), stride_(row_bytes(F, w.cols)), rows_(data_ ? rows : 0) {
-    constexpr ScaleBlock block = kScaleBlock[static_cast<int>(F)];
-    if (rows_ == 0 || block.rows != 1 || block.bytes == 0) return;
-    scales_ = scale_ptr(F, w, row, col);
-    scale_stride_ = scales_per_row(block, w.cols) * block.bytes;
-  }
+      : data_(byte_at(F, w, row, col)),
+        stride_(row_bytes(F, w.cols)),
+        rows_(data_ ? rows : 0),
+        scales_(scales_of<F>(w, row, col, 1)) {}
   // Columns [col, col + n) of a row, counted from the block's
   inline __attribute__((always_inline)) void ask(int64_t row, int64_t col, int64_t n) const {
     if (row >= rows_) return;
     const uint8_t* const p = data_ + row * stride_ + bytes_of(F, col);
     for (int64_t i = 0; i < bytes_of(F, n); i += 64) __builtin_prefetch(p + i, 0, 2);
-    if (scale_stride_ && col == 0) __builtin_prefetch(scales_ + row * scale_stride_, 0, 2);
+    if (scales_.stride && col == 0) __builtin_prefetch(scales_.at + row * scales_.stride, 0, 2);
   }
 
  private:
-  const uint8_t *data_ = nullptr, *scales_ = nullptr;
-  int64_t stride_ = 0, scale_stride_ = 0, rows_ = 0;
+  const uint8_t* data_ = nullptr;
+  int64_t stride_ = 0, rows_ = 0;
+  ScaleRun scales_;
 };
 
 // kLine stored rows x columns [k, k + depth) -> tiles [kLine / 16][tile_steps] of [16 rows][32]; k a multiple of 128.
@@ -34,25 +33,15 @@ template <Format F>
 class TilesAhead {
  public:
   TilesAhead(const Strip& strip, int64_t k, int64_t depth, int64_t tile_steps, uint16_t* tiles, std::byte* room,
-             int64_t ticks, const Later<F>& later)
+             const Later<F>& later)
       : strip_(strip),
         k_(k),
         depth_(depth),
         tile_steps_(tile_steps),
         tiles_(tiles),
         tables_(strip.matrix, strip.first, strip.count, k, depth, room),
-        later_(later),
-        pace_((depth + kBlock - 1) / kBlock * (kLine / kTogether), ticks) {}
-  inline __attribute__((always_inline)) void tick() {
-    pace_.tick([&] { unit(); });
-  }
-  void finish() {
-    pace_.finish([&] { unit(); });
-  }
-
- private:
-  static constexpr int64_t kTogether = 8;
-
+        later_(later) {}
+  int64_t units() const { return blocks_of(depth_, kBlock) * (kLine / kTogether); }
   __attribute__((noinline)) void unit() {
     const int64_t stride = row_bytes(F, strip_.matrix.cols), last = strip_.count - 1, left = depth_ - at_;
     const uint8_t* const stored = byte_at(F, strip_.matrix, strip_.first, k_ + at_);
@@ -88,12 +77,14 @@ class TilesAhead {
     }
   }
 
+ private:
+  static constexpr int64_t kTogether = 8;
+
   const Strip strip_;
   const int64_t k_, depth_, tile_steps_;
   uint16_t* const tiles_;
   const Tables<F> tables_;
   const Later<F> later_;
-  Pace pace_;
   int64_t row_ = 0, at_ = 0;
 };
 
@@ -103,7 +94,7 @@ template <Format F>
 class PanelAhead {
  public:
   PanelAhead(const Strip& strip, int64_t k, int64_t depth, int64_t pairs, uint16_t* panel, std::byte* room,
-             int64_t ticks, const Later<F>& later)
+             const Later<F>& later)
       : strip_(strip),
         k_(k),
         depth_(depth),
@@ -111,21 +102,8 @@ class PanelAhead {
         lines_((strip.count + kLine - 1) / kLine),
         panel_(panel),
         tables_(strip.matrix, k, depth, strip.first, strip.count, room),
-        later_(later),
-        pace_(depth > 0 ? pairs / kTogether * lines_ : 0, ticks) {}
-  inline __attribute__((always_inline)) void tick() {
-    pace_.tick([&] { unit(); });
-  }
-  void finish() {
-    pace_.finish([&] { unit(); });
-  }
-
- private:
-  static constexpr int64_t kTogether = 8;  // bounds the DRAM pages open at once, too
-  // Columns of a row to ask for at a time: 128 bytes, which memory delivers together. Single lines came at half the
-  // rate, and the rows of a unit at once filled the core's buffers: lines of columns that share them share the rows.
-  static constexpr int64_t kAsked = 1024 / kBits[static_cast<int>(F)];
-
+        later_(later) {}
+  int64_t units() const { return depth_ > 0 ? pairs_ / kTogether * lines_ : 0; }
   __attribute__((noinline)) void unit() {
     const int64_t c = line_ * kLine, block = (strip_.first + c) / kBlock * kBlock, at = strip_.first + c - block;
     const int64_t stride = row_bytes(F, strip_.matrix.cols), first = 2 * pair_, end = k_ + depth_;
@@ -163,23 +141,37 @@ class PanelAhead {
     pair_ += kTogether;
   }
 
+ private:
+  static constexpr int64_t kTogether = 8;  // bounds the DRAM pages open at once, too
+  // Columns of a row to ask for at a time: 128 bytes, which memory delivers together. Single lines came at half the
+  // rate, and the rows of a unit at once filled the core's buffers: lines of columns that share them share the rows.
+  static constexpr int64_t kAsked = 1024 / kBits[static_cast<int>(F)];
+
   const Strip strip_;
   const int64_t k_, depth_, pairs_, lines_;
   uint16_t* const panel_;
   const Tables<F> tables_;
   const Later<F> later_;
-  Pace pace_;
   int64_t pair_ = 0, line_ = 0;
 };
 
-// What happens between tile products: bytes of later blocks are asked for, the next block is decoded. Not inlined, so
-// that the loops around the products stay small.
+// What happens between tile products: the next block is decoded unit by unit, and bytes of later ones are asked for.
+// Not inlined, so that the loops around the products stay small.
 template <class Ahead>
-struct Between {
-  Prefetch prefetch;
-  Ahead ahead;
+class Between {
+ public:
+  Between(const Ahead& ahead, int64_t ticks, const Prefetch& prefetch)
+      : prefetch_(prefetch), ahead_(ahead), pace_(ahead.units(), ticks) {}
   __attribute__((noinline)) void tick() {
-    prefetch.tick();
-    ahead.tick();
+    prefetch_.tick();
+    pace_.tick([&] { ahead_.unit(); });
   }
+  void finish() {
+    pace_.finish([&] { ahead_.unit(); });
+  }
+
+ private:
+  Prefetch prefetch_;
+  Ahead ahead_;
+  Pace pace_;
 };

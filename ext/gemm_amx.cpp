@@ -1,5 +1,5 @@
-// AMX-BF16 kernels: the driver over the tile instructions, and for experts with a row or two, whose tiles would be
-// nearly empty, the AVX-512 kernels that decode in registers.
+// AMX-BF16 kernels: the driver over the tile instructions, and for experts with few rows, whose tiles would be nearly
+// empty, the AVX-512 kernels that decode in registers.
 #include <immintrin.h>
 
 #include "kernels.h"

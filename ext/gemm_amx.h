@@ -14,8 +14,6 @@ constexpr int64_t kOneTileAcrossDepth = 64;
 // The block that has to be decoded first, with nothing to hide it.
 constexpr int64_t kFirstDepth = 128, kFirstAcrossDepth = 64;
 
-inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 void begin() {
   const TileConfig config;
   tile_config(config);
@@ -158,19 +156,19 @@ void along(const Product& p) {
     return Decode<F>::kInPlace && p.strip.count == kLine && blocks.size(i) % 32 == 0;
   };
   const auto decoded = [&](int64_t i) { return i < blocks.count() && !in_place(i); };
-  const auto decoder = [&](int64_t i, int64_t ticks, const Later<F>& later) {
+  const auto decoder = [&](int64_t i, const Later<F>& later) {
     return TilesAhead<F>(p.strip, decoded(i) ? blocks.start(i) : 0, decoded(i) ? blocks.size(i) : 0, tile_steps,
-                         tiles + i % 2 * buffer, room, ticks, later);
+                         tiles + i % 2 * buffer, room, later);
   };
-  decoder(0, 1, {}).finish();
+  Between(decoder(0, {}), 1, {}).finish();
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const int64_t k = blocks.start(i), steps = blocks_of(blocks.size(i), 32), ticks = token_tiles * steps * kTicks;
     // The block after the next is asked for by decoding the next one, or where none is decoded, by itself.
     const Block after = block_of(p, blocks, p.next.matrix.cols, i + (Decode<F>::kInPlace ? 1 : 2));
     const Strip& s = after.strip;
-    Between<TilesAhead<F>> between{Prefetch(decoded(i + 1) ? nullptr : byte_at(F, s.matrix, s.first, after.start),
-                                            row_bytes(F, s.matrix.cols), bytes_of(F, after.size), s.count, ticks),
-                                   decoder(i + 1, ticks, Later<F>(s.matrix, s.first, s.count, after.start))};
+    Between between(decoder(i + 1, Later<F>(s.matrix, s.first, s.count, after.start)), ticks,
+                    Prefetch(decoded(i + 1) ? nullptr : byte_at(F, s.matrix, s.first, after.start),
+                             row_bytes(F, s.matrix.cols), bytes_of(F, after.size), s.count, ticks));
     Operand stored[4];
     for (int64_t j = 0; j < 4; ++j)
       stored[j] = in_place(i) ? Operand{w.data + ((p.strip.first + 16 * j) * w.cols + k) * 2, w.cols * 2, 64}
@@ -186,7 +184,7 @@ void along(const Product& p) {
     if (const int64_t t = token_tiles - 1; token_tiles % 2)
       four_by_one<false>(stored, token(t), steps, {result(0, t), result(1, t), result(2, t), result(3, t)}, 64, begin,
                          !in_tiles || i + 1 == blocks.count(), between);
-    between.ahead.finish();
+    between.finish();
   }
   tile_fence();
   for (int64_t j = 0; j < 4; ++j)
@@ -204,21 +202,20 @@ void across(const Product& p) {
   const Matrix& w = p.strip.matrix;
   const Blocks blocks{w.rows, kFirstAcrossDepth, depth};
   const auto pairs_of = [&](int64_t i) { return blocks_of(blocks.size(i), 32) * 16; };
-  const auto decoder = [&](int64_t i, int64_t ticks, const Later<F>& later) {
-    const bool decoded = i < blocks.count();
-    return PanelAhead<F>(p.strip, decoded ? blocks.start(i) : 0, decoded ? blocks.size(i) : 0,
-                         decoded ? pairs_of(i) : 0, panels + i % 2 * panel, room, ticks, later);
+  const auto decoded = [&](int64_t i) { return i < blocks.count(); };
+  const auto decoder = [&](int64_t i, const Later<F>& later) {
+    return PanelAhead<F>(p.strip, decoded(i) ? blocks.start(i) : 0, decoded(i) ? blocks.size(i) : 0,
+                         decoded(i) ? pairs_of(i) : 0, panels + i % 2 * panel, room, later);
   };
-  decoder(0, 1, {}).finish();
+  Between(decoder(0, {}), 1, {}).finish();
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const int64_t k = blocks.start(i), pairs = pairs_of(i), steps = pairs / 16,
                   ticks = token_tiles * lines * steps * kTicks;
     const Block after = block_of(p, blocks, p.next.matrix.rows, i + 2);
     const Strip& s = after.strip;
-    const bool asks = i + 1 < blocks.count();  // as in `along`
-    Between<PanelAhead<F>> between{Prefetch(asks ? nullptr : byte_at(F, s.matrix, after.start, s.first),
-                                            row_bytes(F, s.matrix.cols), bytes_of(F, s.count), after.size, ticks),
-                                   decoder(i + 1, ticks, Later<F>(s.matrix, after.start, after.size, s.first))};
+    Between between(decoder(i + 1, Later<F>(s.matrix, after.start, after.size, s.first)), ticks,
+                    Prefetch(decoded(i + 1) ? nullptr : byte_at(F, s.matrix, after.start, s.first),
+                             row_bytes(F, s.matrix.cols), bytes_of(F, s.count), after.size, ticks));
     const Begin begin = p.add || i > 0 ? Begin::kLoad : Begin::kZero;
     const auto token = [&](int64_t t) {
       return Operand{static_cast<const uint16_t*>(p.a) + t * 16 * p.lda + k, p.lda * 2, 64};
@@ -237,7 +234,7 @@ void across(const Product& p) {
         four_by_one<true>(stored, token(t), steps, {result(t, 0), result(t, 1), result(t, 2), result(t, 3)}, p.ldc * 4,
                           begin, true, between);
     }
-    between.ahead.finish();
+    between.finish();
   }
   tile_fence();
 }

@@ -1,6 +1,8 @@
 // How a product divides its reduction, and spreads other work over its steps.
 // Included inside an unnamed namespace.
 
+inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
 // The reduction in blocks: a short one first where it has to be decoded before there is a product to hide it behind.
 struct Blocks {
   int64_t total, first, step;
