@@ -35,7 +35,7 @@ namespace {
 struct Rows {
   int64_t dot, along, across;
 };
-constexpr Rows kRows[kFormats] = {{12, 28, 12}, {}, {8, 44, 12}, {12, 0, 0}, {12, 0, 12}, {12, 0, 12}};
+constexpr Rows kRows[kFormats] = {{12, 28, 12}, {}, {8, 44, 12}, {12, 0, 0}, {4, 32, 12}, {8, 44, 12}};
 template <Format F>
 constexpr Rows kRowsOf = kRows[static_cast<int>(F)];
 constexpr int64_t kDotRows = 8;
@@ -239,7 +239,8 @@ template <Format F>
 void along(const Product& p) {
   if (p.rows == 0) return decode_only<F>(p);
   if (p.rows <= 4) return along_few<F, 4, 1, 4>(p);
-  if (p.rows <= 8) return along_few<F, 2, 5, 8>(p);
+  if constexpr (kRowsOf<F>.dot >= 8)
+    if (p.rows <= 8) return along_few<F, 2, 5, 8>(p);
   if constexpr (kRowsOf<F>.dot == 12)
     if (p.rows <= 12) return along_few<F, 2, 9, 12>(p);
   if constexpr (kRowsOf<F>.along > 0)

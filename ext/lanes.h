@@ -44,8 +44,33 @@ inline __attribute__((always_inline)) LowHigh by_table(__m512i codes, const std:
                                          0x78)};  // magnitude ^ (codes & sign)
 }
 
-// How codes of 16 stored rows, as transpose_codes leaves them, become pairs of columns. Formats whose weights have to
-// be multiplied for that are faster decoded once for all operand rows (decode_ahead.h).
+// The bf16 of signed bytes in such a table, the high bytes but for kIntegerHigh: -128 is looked up as 0, whose low byte
+// it shares, and has no magnitude of 7 bits. A shuffle whose indices are magnitudes is zero for it alone.
+constexpr uint8_t kIntegerHigh = 0x43;  // of 128 as bf16
+struct IntegerTable {
+  alignas(64) uint8_t bytes[256];
+  constexpr IntegerTable() : bytes() {
+    for (int i = 0; i < 128; ++i) {
+      const uint32_t bits = __builtin_bit_cast(uint32_t, static_cast<float>(i));
+      bytes[i] = static_cast<uint8_t>(bits >> 16);
+      bytes[128 + i] = static_cast<uint8_t>(bits >> 24) ^ kIntegerHigh;
+    }
+  }
+};
+constexpr IntegerTable kIntegerTable{};
+inline __attribute__((always_inline)) LowHigh by_integer_table(__m512i codes, const std::byte* table) {
+  const auto line = [&](int64_t i) { return _mm512_load_si512(table + 64 * i); };
+  const __m512i magnitudes = _mm512_abs_epi8(codes);
+  const __m512i sign = _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>(0x80)));
+  const __m512i high = _mm512_permutex2var_epi8(line(2), magnitudes, line(3));
+  return {_mm512_permutex2var_epi8(line(0), magnitudes, line(1)),
+          _mm512_ternarylogic_epi32(high, _mm512_shuffle_epi8(_mm512_set1_epi8(kIntegerHigh), magnitudes), sign,
+                                    0x96)};  // of all three, those an odd number of which are set
+}
+
+// How codes of 16 stored rows, as transpose_codes leaves them, become pairs of columns. Where a row of its own has a
+// scale, sums are multiplied by it, group by group: multiplying weights in registers, once more for every tile of
+// operand rows, would take longer than decoding them once for all (decode_ahead.h).
 //   kPairs   pairs of columns in a vector of codes
 //   kWords   how transpose_codes is to lay them
 //   load(p, table)   a vector of codes, as far as it is decoded at once
@@ -75,6 +100,45 @@ struct Lanes<Format::kFp8Block> {
   }
 };
 
+template <>
+struct Lanes<Format::kInt8Group128> {
+  static constexpr int64_t kPairs = 2;
+  static constexpr bool kWords = true;
+  static inline __attribute__((always_inline)) LowHigh load(const std::byte* p, const std::byte* table) {
+    return by_integer_table(_mm512_load_si512(p), table);
+  }
+  static inline __attribute__((always_inline)) __m512i pair(const LowHigh& v, int64_t i) {
+    return i ? _mm512_unpackhi_epi8(v.low, v.high) : _mm512_unpacklo_epi8(v.low, v.high);
+  }
+};
+
+// The bf16 of 16 codes, twice: a look-up takes five bits, of which the fifth is the next code's.
+struct NibbleTable {
+  alignas(64) uint16_t words[32];
+  constexpr NibbleTable() : words() {
+    for (int i = 0; i < 32; ++i)
+      words[i] = static_cast<uint16_t>(__builtin_bit_cast(uint32_t, static_cast<float>(i % 16 - 8)) >> 16);
+  }
+};
+constexpr NibbleTable kNibbleTable{};
+template <>
+struct Lanes<Format::kInt4Group32> {
+  static constexpr int64_t kPairs = 4;
+  static constexpr bool kWords = true;
+  struct Codes {
+    __m512i codes;
+    const std::byte* table;
+  };
+  static inline __attribute__((always_inline)) Codes load(const std::byte* p, const std::byte* table) {
+    return {_mm512_load_si512(p), table};
+  }
+  static inline __attribute__((always_inline)) __m512i pair(const Codes& v, int64_t i) {
+    const __m512i both = i < 2 ? _mm512_unpacklo_epi16(v.codes, v.codes) : _mm512_unpackhi_epi16(v.codes, v.codes);
+    const __m512i shifts = _mm512_set1_epi32(i % 2 ? 12 << 16 | 8 : 4 << 16);  // of the two words of four codes
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(both, shifts), _mm512_load_si512(v.table));
+  }
+};
+
 constexpr int kLaneRows = 12;  // operand rows of a tile, x 2 vectors: twenty-four sums
 
 // The sums of a tile of R operand rows x 32 numbers. Few rows have others for odd pairs: a dot product takes 6 cycles.
@@ -92,6 +156,7 @@ struct LaneSums {
         of[0][i][j] = add ? _mm512_loadu_ps(c + i * ldc + j * 16) : _mm512_setzero_ps();
       }
   }
+  LaneSums() : LaneSums(nullptr, 0, false) {}
   // Pair `q` of the rows at x [R][2], times two vectors of pairs.
   inline __attribute__((always_inline)) void multiply(int64_t q, const uint16_t* x, const __m512i (&y)[2]) {
 #pragma GCC unroll 12
@@ -107,8 +172,24 @@ struct LaneSums {
 #pragma GCC unroll 12
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j)
-        _mm512_storeu_ps(c + i * ldc + j * 16,
-                         kChains == 1 ? of[0][i][j] : _mm512_add_ps(of[0][i][j], of[kChains - 1][i][j]));
+      for (int j = 0; j < 2; ++j) _mm512_storeu_ps(c + i * ldc + j * 16, all(i, j));
+  }
+  // C (+)= the sums, multiplied by 32 scales.
+  inline __attribute__((always_inline)) void store_scaled(const float* scales, float* c, int64_t ldc, bool add) const {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512 scale = _mm512_load_ps(scales + 16 * j);
+#pragma GCC unroll 12
+      for (int i = 0; i < R; ++i) {
+        float* const to = c + i * ldc + j * 16;
+        _mm512_storeu_ps(
+            to, add ? _mm512_fmadd_ps(all(i, j), scale, _mm512_loadu_ps(to)) : _mm512_mul_ps(all(i, j), scale));
+      }
+    }
+  }
+
+ private:
+  inline __attribute__((always_inline)) __m512 all(int i, int j) const {
+    return kChains == 1 ? of[0][i][j] : _mm512_add_ps(of[0][i][j], of[kChains - 1][i][j]);
   }
 };

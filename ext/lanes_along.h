@@ -3,13 +3,49 @@
 
 constexpr int64_t kLanesDepth = 256;  // columns per visit: the codes of 64 stored rows are 16 or 32 KB of L1
 
-// C [R, 32] (+)= A [pairs][R][2] x codes [2][vectors][16 stored rows]
+template <Format F>
+constexpr bool kScaledSums = kScaleBlock[static_cast<int>(F)].rows == 1 && kScaleBlock[static_cast<int>(F)].bytes == 2;
+template <Format F>
+constexpr int64_t kScaledColumns = kScaledSums<F> ? kScaleBlock[static_cast<int>(F)].cols : kBlock;
+
+// The scales of a visit, [groups of columns][64 stored rows].
+template <Format F>
+void transpose_scales(const Matrix& w, int64_t row, int64_t rows, int64_t col, int64_t cols, float* out) {
+  constexpr int64_t kMost = kLanesDepth / kScaledColumns<F>;  // scales of a row: 16 bytes or less
+  const int64_t groups = (cols + kScaledColumns<F> - 1) / kScaledColumns<F>;
+  const uint8_t* const first = scale_ptr(F, w, row, col);
+  const int64_t step = scales_of<F>(w, row, col, cols).stride;
+  for (int64_t r = 0; r < kLine; r += 16) {
+    const auto load = [&](int64_t i) {
+      return _mm_maskz_loadu_epi16(r + i < rows ? (1u << groups) - 1 : 0u, first + (r + i) * step);
+    };
+    __m512i v[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      v[i] = _mm512_inserti32x4(_mm512_castsi128_si512(load(i)), load(4 + i), 1);
+      v[i] = _mm512_inserti32x4(_mm512_inserti32x4(v[i], load(8 + i), 2), load(12 + i), 3);
+    }
+    const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]),
+                  c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+    const __m512i pairs[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
+                              _mm512_unpackhi_epi64(b, d)};
+#pragma GCC unroll 4
+    for (int i = 0; i < kMost / 2; ++i) {
+      _mm512_store_si512(out + 2 * i * kLine + r, _mm512_slli_epi32(pairs[i], 16));
+      _mm512_store_si512(out + (2 * i + 1) * kLine + r,
+                         _mm512_and_si512(pairs[i], _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+    }
+  }
+}
+
+// C [R, 32] (+)= A [pairs][R][2] x codes [2][vectors][16 stored rows], with scales [groups][64 stored rows] of the
+// first of these rows on where sums have them.
 template <Format F, int R>
 void lane_tile(const uint16_t* a, const std::byte* codes, int64_t codes_step, int64_t pairs, const std::byte* table,
-               float* c, int64_t ldc, bool add, Prefetch& cursor) {
+               const float* scales, float* c, int64_t ldc, bool add, Prefetch& cursor) {
   Prefetch prefetch = cursor;
-  constexpr int64_t P = Lanes<F>::kPairs, kWhole = kBlock / 2;
-  LaneSums<R> sums(c, ldc, add);
+  constexpr int64_t P = Lanes<F>::kPairs, kWhole = kScaledColumns<F> / 2;
+  LaneSums<R> sums(c, ldc, add && !kScaledSums<F>);
   for (int64_t k = 0; k < pairs; k += kWhole) {
     for (int64_t n = pairs - k < kWhole ? pairs - k : kWhole; n > 0; n -= P) {
       prefetch.tick();
@@ -23,9 +59,15 @@ void lane_tile(const uint16_t* a, const std::byte* codes, int64_t codes_step, in
       a += 2 * P * R;
       codes += 64;
     }
-    table += Decode<F>::kTableBytes;
+    if constexpr (kScaledSums<F>) {
+      sums.store_scaled(scales, c, ldc, add || k > 0);
+      sums = LaneSums<R>();
+      scales += kLine;
+    } else {
+      table += Decode<F>::kTableBytes;
+    }
   }
-  sums.store(c, ldc);
+  if constexpr (!kScaledSums<F>) sums.store(c, ldc);
   cursor = prefetch;
 }
 
@@ -35,7 +77,9 @@ void along_lanes(const Product& p) {
   constexpr int64_t kBytes = kLanesDepth * kBits[static_cast<int>(F)] / 8;  // of a stored row's visit
   std::byte* const codes = p.scratch;                                       // [4][vectors][64]
   std::byte* const spare = codes + kLine * kBytes;
-  const Tables<F> tables(w, p.strip.first, p.strip.count, 0, w.cols, spare + kLine * kBytes);
+  float* const scales = reinterpret_cast<float*>(spare + kLine * kBytes);  // [groups of columns][64]
+  std::byte* const room = spare + kLine * (kBytes + kLanesDepth / 32 * sizeof(float));
+  const Tables<F> tables(w, p.strip.first, p.strip.count, 0, w.cols, room);
   const int64_t parts = (p.rows + kLaneRows - 1) / kLaneRows;
   for (int64_t k = 0; k < w.cols; k += kLanesDepth) {
     const int64_t depth = w.cols - k < kLanesDepth ? w.cols - k : kLanesDepth,
@@ -49,22 +93,24 @@ void along_lanes(const Product& p) {
                       scales_of<F>(s.matrix, s.first, from, n));
     const uint8_t* stored = byte_at(F, w, p.strip.first, k);
     int64_t step = row_bytes(F, w.cols);
-    const int64_t bytes = (bytes_of(F, depth) + 63) / 64 * 64;
-    if (bytes_of(F, depth) < bytes || p.strip.count < kLine) {  // a copy of what exists
+    const int64_t exist = bytes_of(F, depth + (F == Format::kInt4Group32 && depth % 2)), bytes = (exist + 63) / 64 * 64;
+    if (exist < bytes || p.strip.count < kLine) {  // a copy of what exists
       __builtin_memset(spare, 0, kLine * kBytes);
-      for (int64_t r = 0; r < p.strip.count; ++r)
-        __builtin_memcpy(spare + r * kBytes, stored + r * step, bytes_of(F, depth));
+      for (int64_t r = 0; r < p.strip.count; ++r) __builtin_memcpy(spare + r * kBytes, stored + r * step, exist);
       stored = reinterpret_cast<const uint8_t*>(spare);
       step = kBytes;
     }
     for (int64_t r = 0; r < kLine; r += 16)
       for (int64_t b = 0; b < bytes; b += 64)
         transpose_codes<Lanes<F>::kWords>(stored + r * step + b, step, codes + r * kBytes + b * 16);
-    const std::byte* const table = tables.at_block(p.strip.first, k);
+    const std::byte* table = tables.at_block(p.strip.first, k);
+    if constexpr (F == Format::kInt8Group128) table = reinterpret_cast<const std::byte*>(&kIntegerTable);
+    if constexpr (F == Format::kInt4Group32) table = reinterpret_cast<const std::byte*>(&kNibbleTable);
+    if constexpr (kScaledSums<F>) transpose_scales<F>(w, p.strip.first, p.strip.count, k, depth, scales);
     const auto multiply = [&](int64_t half) {
       for_tiles<kLaneRows>(p.rows, [&]<int R>(int64_t r) {
         lane_tile<F, R>(static_cast<const uint16_t*>(p.a) + r * p.lda + k * R, codes + half * kBytes, 16 * kBytes,
-                        pairs, table, p.c + r * p.ldc + half, p.ldc, p.add || k > 0, prefetch);
+                        pairs, table, scales + half, p.c + r * p.ldc + half, p.ldc, p.add || k > 0, prefetch);
       });
     };
     multiply(0);

@@ -16,6 +16,19 @@
 namespace kjax {
 namespace {
 
+// A weight as kernels have it: rounded to bf16, and scale * code where sums of codes are multiplied by the scale.
+struct Meant {
+  float rounded, exact;
+};
+Meant meant(Format format, const Matrix& w, int64_t row, int64_t col) {
+  Meant weight;
+  decode_row(format, w, row, col, 1, &weight.rounded);
+  const bool scaled = kScaleBlock[static_cast<int>(format)].bytes == 2;
+  weight.exact =
+      scaled ? scale_at(format, w, row, col) * code_at(format, byte_at(format, w, row, 0), col) : weight.rounded;
+  return weight;
+}
+
 // One product with rows that are zero but for a single one: C holds decoded weights, to the bit.
 std::string fuzz_product(const Kernels& kernels, uint64_t seed) {
   Random random(seed);
@@ -62,17 +75,15 @@ std::string fuzz_product(const Kernels& kernels, uint64_t seed) {
                                              add, reinterpret_cast<std::byte*>(scratch.data())});
   if (gemm.end) gemm.end();
   if (!tame) return "";  // NaN and Inf, which loading refuses, may end up anywhere
-  std::vector<float> line(cols);
+  const float before = add ? 2.0f : 0.0f;
   for (int64_t r = 0; r < m; ++r)
     for (int64_t n = 0; n < count; ++n) {
-      float weight;
-      if (along) decode_row(format, w, first + n, hot[r], 1, &weight);
-      else decode_row(format, w, hot[r], first + n, 1, &weight);
-      const float expected = add ? 2.0f + weight : weight;
-      if (out[r * ldc + n] != expected)
+      const Meant weight = along ? meant(format, w, first + n, hot[r]) : meant(format, w, hot[r], first + n);
+      const float got = out[r * ldc + n], expected = before + weight.rounded;
+      if (got != expected && got != before + weight.exact)
         return text(gemm.name, " ", kFormatInfo[which].name, along ? " along" : " across", " W [", rows, ", ", cols,
-                    "], strip ", first, " + ", count, ", ", m, " rows: C[", r, ", ", n, "] = ", out[r * ldc + n],
-                    ", not ", expected);
+                    "], strip ", first, " + ", count, ", ", m, " rows: C[", r, ", ", n, "] = ", got, ", not ",
+                    expected);
     }
   return "";
 }
