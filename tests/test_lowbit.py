@@ -334,13 +334,12 @@ def test_training_on_low_bit_weights_learns_and_resumes_to_the_same_bits(tmp_pat
         settings = tiny.settings(tmp_path, name, **{"train__steps": 4, **changes})
         return dataclasses.replace(settings, model=dataclasses.replace(settings.model, weights="nf4"))
 
-    whole = kjax.train(run("whole"))
-    assert whole.losses[-1] < whole.losses[0]
     half = run("half", train__steps=2, optimizer__schedule="constant")
     kjax.train(half)
     longer = dataclasses.replace(half, train=dataclasses.replace(half.train, steps=4))
     resumed = kjax.train(longer, resume=True)
     straight = kjax.train(run("straight", optimizer__schedule="constant"))
+    assert straight.losses[-1] < straight.losses[0]
     assert resumed.losses == straight.losses[2:] or resumed.losses == straight.losses
     assert ((resumed.adapter / "adapter_model.safetensors").read_bytes()
             == (straight.adapter / "adapter_model.safetensors").read_bytes())
