@@ -160,7 +160,6 @@ template <Format F>
 void across_lanes(const Product& p) {
   const Matrix& w = p.strip.matrix;
   constexpr ScaleBlock block = kScaleBlock[static_cast<int>(F)];
-  constexpr bool kScales = block.rows == 1 && block.bytes == 2;  // of rows, to be read beside their codes
   constexpr int64_t kLineBytes = kLine * kBits[static_cast<int>(F)] / 8, kSpareScales = 4;
   uint16_t* const packed = reinterpret_cast<uint16_t*>(p.scratch);                         // [rows, kPairsDepth]
   std::byte* const spare = reinterpret_cast<std::byte*>(packed + kMaxRows * kPairsDepth);  // a line's rows, and scales
@@ -187,8 +186,8 @@ void across_lanes(const Product& p) {
     for (int64_t line = 0; line < lines; ++line) {
       const int64_t col = p.strip.first + line * kLine, n = p.strip.count - line * kLine;
       const uint8_t* stored = byte_at(F, w, k, col);
-      const uint8_t* of_rows = kScales ? scale_ptr(F, w, k, col) : nullptr;
-      int64_t step = row_size, scales_step = kScales ? scales_size : 0;
+      const uint8_t* of_rows = kRowScales<F> ? scale_ptr(F, w, k, col) : nullptr;
+      int64_t step = row_size, scales_step = kRowScales<F> ? scales_size : 0;
       if (depth < padded || n < kLine) {  // a copy of what exists
         const int64_t bytes = n < kLine ? bytes_of(F, n + (F == Format::kInt4Group32)) : kLineBytes;
         std::byte* const copies = spare + kPairsDepth * kLineBytes;

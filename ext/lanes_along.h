@@ -3,10 +3,9 @@
 
 constexpr int64_t kLanesDepth = 256;  // columns per visit: the codes of 64 stored rows are 16 or 32 KB of L1
 
+// Columns of a stored row that share a scale, or a table.
 template <Format F>
-constexpr bool kScaledSums = kScaleBlock[static_cast<int>(F)].rows == 1 && kScaleBlock[static_cast<int>(F)].bytes == 2;
-template <Format F>
-constexpr int64_t kScaledColumns = kScaledSums<F> ? kScaleBlock[static_cast<int>(F)].cols : kBlock;
+constexpr int64_t kScaledColumns = kRowScales<F> ? kScaleBlock[static_cast<int>(F)].cols : kBlock;
 
 // The scales of a visit, [groups of columns][64 stored rows].
 template <Format F>
@@ -45,7 +44,7 @@ void lane_tile(const uint16_t* a, const std::byte* codes, int64_t codes_step, in
                const float* scales, float* c, int64_t ldc, bool add, Prefetch& cursor) {
   Prefetch prefetch = cursor;
   constexpr int64_t P = Lanes<F>::kPairs, kWhole = kScaledColumns<F> / 2;
-  LaneSums<R> sums(c, ldc, add && !kScaledSums<F>);
+  LaneSums<R> sums(c, ldc, add && !kRowScales<F>);
   for (int64_t k = 0; k < pairs; k += kWhole) {
     for (int64_t n = pairs - k < kWhole ? pairs - k : kWhole; n > 0; n -= P) {
       prefetch.tick();
@@ -59,7 +58,7 @@ void lane_tile(const uint16_t* a, const std::byte* codes, int64_t codes_step, in
       a += 2 * P * R;
       codes += 64;
     }
-    if constexpr (kScaledSums<F>) {
+    if constexpr (kRowScales<F>) {
       sums.store_scaled(scales, c, ldc, add || k > 0);
       sums = LaneSums<R>();
       scales += kLine;
@@ -67,7 +66,7 @@ void lane_tile(const uint16_t* a, const std::byte* codes, int64_t codes_step, in
       table += Decode<F>::kTableBytes;
     }
   }
-  if constexpr (!kScaledSums<F>) sums.store(c, ldc);
+  if constexpr (!kRowScales<F>) sums.store(c, ldc);
   cursor = prefetch;
 }
 
@@ -106,7 +105,7 @@ void along_lanes(const Product& p) {
     const std::byte* table = tables.at_block(p.strip.first, k);
     if constexpr (F == Format::kInt8Group128) table = reinterpret_cast<const std::byte*>(&kIntegerTable);
     if constexpr (F == Format::kInt4Group32) table = reinterpret_cast<const std::byte*>(&kNibbleTable);
-    if constexpr (kScaledSums<F>) transpose_scales<F>(w, p.strip.first, p.strip.count, k, depth, scales);
+    if constexpr (kRowScales<F>) transpose_scales<F>(w, p.strip.first, p.strip.count, k, depth, scales);
     const auto multiply = [&](int64_t half) {
       for_tiles<kLaneRows>(p.rows, [&]<int R>(int64_t r) {
         lane_tile<F, R>(static_cast<const uint16_t*>(p.a) + r * p.lda + k * R, codes + half * kBytes, 16 * kBytes,
