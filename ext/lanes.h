@@ -92,29 +92,22 @@ struct Lanes<Format::kBf16> {
   static inline __attribute__((always_inline)) __m512i pair(__m512i v, int64_t) { return v; }
 };
 
-template <>
-struct Lanes<Format::kFp8Block> {
+// Codes of a byte, by a table of low and one of high bytes.
+template <LowHigh (*look_up)(__m512i, const std::byte*)>
+struct ByteLanes {
   static constexpr int64_t kPairs = 2;
   static constexpr bool kWords = true;
   static inline __attribute__((always_inline)) LowHigh load(const std::byte* p, const std::byte* table) {
-    return by_table(_mm512_load_si512(p), table);
+    return look_up(_mm512_load_si512(p), table);
   }
   static inline __attribute__((always_inline)) __m512i pair(const LowHigh& v, int64_t i) {
     return i ? _mm512_unpackhi_epi8(v.low, v.high) : _mm512_unpacklo_epi8(v.low, v.high);
   }
 };
-
 template <>
-struct Lanes<Format::kInt8Group128> {
-  static constexpr int64_t kPairs = 2;
-  static constexpr bool kWords = true;
-  static inline __attribute__((always_inline)) LowHigh load(const std::byte* p, const std::byte* table) {
-    return by_integer_table(_mm512_load_si512(p), table);
-  }
-  static inline __attribute__((always_inline)) __m512i pair(const LowHigh& v, int64_t i) {
-    return i ? _mm512_unpackhi_epi8(v.low, v.high) : _mm512_unpacklo_epi8(v.low, v.high);
-  }
-};
+struct Lanes<Format::kFp8Block> : ByteLanes<by_table> {};
+template <>
+struct Lanes<Format::kInt8Group128> : ByteLanes<by_integer_table> {};
 
 // The bf16 of 16 codes, twice: a look-up takes five bits, of which the fifth is the next code's.
 struct NibbleTable {
