@@ -92,7 +92,7 @@ void along_lanes(const Product& p) {
                       scales_of<F>(s.matrix, s.first, from, n));
     const uint8_t* stored = byte_at(F, w, p.strip.first, k);
     int64_t step = row_bytes(F, w.cols);
-    const int64_t exist = bytes_of(F, depth + (F == Format::kInt4Group32 && depth % 2)), bytes = (exist + 63) / 64 * 64;
+    const int64_t exist = bytes_of(F, depth + (F == Format::kInt4Group32)), bytes = (exist + 63) / 64 * 64;
     if (exist < bytes || p.strip.count < kLine) {  // a copy of what exists
       __builtin_memset(spare, 0, kLine * kBytes);
       for (int64_t r = 0; r < p.strip.count; ++r) __builtin_memcpy(spare + r * kBytes, stored + r * step, exist);
