@@ -91,17 +91,14 @@ void dot_tile(const uint16_t* a, const Matrix& w, const Tables<F>& tables, int64
   }
 }
 
-// Few rows, `least` to `most`: all of them meet W stored rows at a time.
-template <Format F, int W, int least, int most>
-void along_few(const Product& p) {
+// Few rows: all of them meet W stored rows at a time, as tile(first stored row, k, depth, prefetch) has it, in blocks
+// of up to `deepest` columns and kBlock more; sums [stored rows][kSums].
+template <Format F, int W, class Tile>
+void along_groups(const Product& p, int64_t deepest, const float* sums, Tile tile) {
   const Matrix& w = p.strip.matrix;
-  const int64_t deepest = kOperandBytes / 2 / most, groups = (p.strip.count + W - 1) / W,
-                blocks = (w.cols + deepest - 1) / deepest;
+  const int64_t groups = (p.strip.count + W - 1) / W, blocks = (w.cols + deepest - 1) / deepest;
   const int64_t step = (w.cols / blocks + kBlock - 1) / kBlock * kBlock, units = (w.cols + step - 1) / step * groups;
   constexpr int64_t ahead = 4;  // groups between asking for stored rows and reading them
-  const uint16_t* const operands = static_cast<const uint16_t*>(p.a);
-  float* const sums = reinterpret_cast<float*>(p.scratch);  // C^T [groups of W][kSums]
-  const Tables<F> tables(w, p.strip.first, p.strip.count, 0, w.cols, p.scratch + 2 * kLine * kSums * sizeof(float));
   for (int64_t u = 0; u < units; ++u) {
     // The group `ahead` of this one, in this strip or the next.
     const bool here = u + ahead < units;
@@ -109,14 +106,25 @@ void along_few(const Product& p) {
     const int64_t v = here ? u + ahead : u + ahead - units, later = v % groups * W, later_k = v / groups * step;
     const int64_t later_depth = s.matrix.cols - later_k < step ? s.matrix.cols - later_k : step;
     const int64_t later_rows = s.count - later < W ? s.count - later : W;
-    const int64_t k = u / groups * step, depth = w.cols - k < step ? w.cols - k : step, col = u % groups * W;
+    const int64_t k = u / groups * step, depth = w.cols - k < step ? w.cols - k : step;
     Prefetch prefetch(byte_at(F, s.matrix, s.first + later, later_k), row_bytes(F, s.matrix.cols),
                       bytes_of(F, later_depth), later_k < s.matrix.cols && later_rows > 0 ? later_rows : 0,
                       depth / kBlock, scales_of<F>(s.matrix, s.first + later, later_k, later_depth));
-    with_rows<least, most>(p.rows, [&]<int R>() {
-      dot_tile<F, R, W>(operands + k * R, w, tables, p.strip.first + col, p.strip.count - col, k, depth,
-                        sums + col * kSums, k > 0, prefetch);
-    });
+    tile(u % groups * W, k, depth, prefetch);
   }
   for (int64_t g = 0; g < p.strip.count; g += 16) unpack_sums(sums + g * kSums, kSums, p.rows, p.c + g, p.ldc, p.add);
+}
+
+template <Format F, int W, int least, int most>
+void along_few(const Product& p) {
+  const Matrix& w = p.strip.matrix;
+  const uint16_t* const operands = static_cast<const uint16_t*>(p.a);
+  float* const sums = reinterpret_cast<float*>(p.scratch);
+  const Tables<F> tables(w, p.strip.first, p.strip.count, 0, w.cols, p.scratch + 2 * kLine * kSums * sizeof(float));
+  along_groups<F, W>(p, kOperandBytes / 2 / most, sums, [&](int64_t stored, int64_t k, int64_t depth, Prefetch& ahead) {
+    with_rows<least, most>(p.rows, [&]<int R>() {
+      dot_tile<F, R, W>(operands + k * R, w, tables, p.strip.first + stored, p.strip.count - stored, k, depth,
+                        sums + stored * kSums, k > 0, ahead);
+    });
+  });
 }

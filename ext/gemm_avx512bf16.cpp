@@ -1,11 +1,10 @@
 // AVX512-BF16 kernels, chosen by an expert's number of rows and each prefetching the weights that come next.
 //   along : a few operand rows meet stored rows in dot products (dot_rows.h); more are broadcast against 16 stored rows
-//   in
-//           the lanes, decoded in registers (lanes_along.h); many are packed in tiles of 16 tokens, the vector, and the
-//           stored row, as it lies or decoded, is broadcast a pair at a time.
+//           in the lanes, decoded in registers (lanes_along.h); many are packed in tiles of 16 tokens, the vector, and
+//           the stored row, as it lies or decoded, is broadcast a pair at a time.
 //   across: two stored rows are decoded in registers and operand rows broadcast (lanes_across.h); for many rows they
-//   are
-//           interleaved into a panel of vectors before (panel_across.h).
+//           are interleaved into a panel of vectors before (panel_across.h).
+// The fewest of INT8 and INT4 are multiplied in fp32, both ways (float_rows.h).
 #include <immintrin.h>
 
 #include <utility>
@@ -27,9 +26,10 @@ namespace {
 #include "lanes.h"
 #include "lanes_along.h"
 #include "lanes_across.h"
+#include "float_rows.h"
 
-// Up to `dot` rows of a format meet stored rows in dot products, then up to `along`, or across stored rows up to
-// `across`, decoded in registers: where these were the fastest of two threads reading from memory, D 2048. Of many
+// Up to `dot` rows of a format meet stored rows in dot products, or the first of them floats, then up to `along`, or
+// across stored rows up to `across`, decoded in registers: where these were the fastest of two threads reading from memory, D 2048. Of many
 // rows, the dot kernel takes what is left over after whole tiles of 16 tokens, up to kDotRows; more are padded to a
 // tile.
 struct Rows {
@@ -238,7 +238,12 @@ void along_tokens(const Product& p) {
 template <Format F>
 void along(const Product& p) {
   if (p.rows == 0) return decode_only<F>(p);
-  if (p.rows <= 4) return along_few<F, 4, 1, 4>(p);
+  if constexpr (kRowScales<F>) {
+    if (p.rows <= 2) return along_floats<F, 4, 1, 2>(p);
+    if (p.rows <= kFloatRows) return along_floats<F, 2, 3, kFloatRows>(p);
+  } else if (p.rows <= 4) {
+    return along_few<F, 4, 1, 4>(p);
+  }
   if constexpr (kRowsOf<F>.dot >= 8)
     if (p.rows <= 8) return along_few<F, 2, 5, 8>(p);
   if constexpr (kRowsOf<F>.dot == 12)
@@ -250,6 +255,8 @@ void along(const Product& p) {
 
 template <Format F>
 void across(const Product& p) {
+  if constexpr (kRowScales<F>)
+    if (p.rows > 0 && p.rows <= kFloatRows) return across_floats<F>(p);
   if constexpr (kRowsOf<F>.across > 0)
     if (p.rows > 0 && p.rows <= kRowsOf<F>.across) return across_lanes<F>(p);
   p.rows <= kFewRows ? across_few<F>(p) : across_many<F>(p);
