@@ -15,6 +15,7 @@ import quantised_cases
 import tiny
 import weights_cases
 from flax.traverse_util import flatten_dict, unflatten_dict
+from quick_jit import quick_jit
 
 import kjax
 from kjax import config, lora, lora_targets, step
@@ -155,7 +156,7 @@ def test_gradients_are_those_of_the_plain_dequantised_model(weights, config_json
         total, count = step.batch_loss(model, unembed, 9, tree, params, {**batch, "tokens": rows})
         return total / count
 
-    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    run = quick_jit(jax.value_and_grad(loss, argnums=(0, 1)))
     found, expected = run(tree, table[tokens], low), run(tree, table[tokens], meant)
     # One arithmetic on equal weights; only how XLA fuses, and so contracts and orders, may differ.
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

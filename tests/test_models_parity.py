@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from make_goldens import CASES, GOLDENS, draw, random_params, state_dict, torch_logits_and_grads
+from quick_jit import quick_jit
 
 from kjax.models import ModelConfig, Transformer, unembed
 
@@ -34,7 +35,7 @@ def compiled(config):
         scores = jax.nn.log_softmax(logits[:, :-1])
         return -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1).mean(), logits
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return quick_jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def logits_and_grads(config, params, tokens):

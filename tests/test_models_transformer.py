@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from make_goldens import CASES, random_params
+from quick_jit import quick_jit
 
 from kjax import lora
 from kjax.errors import ConfigError
@@ -70,7 +71,7 @@ def compiled(model, training=False):
         h = hidden(tree, params, inputs, key)
         return jnp.square(h).mean() + h[..., 0].mean()
 
-    f = jax.jit(jax.value_and_grad(loss) if training else hidden)
+    f = quick_jit(jax.value_and_grad(loss) if training else hidden)
     return lambda params, tree, inputs, key=None: f(tree, params, inputs, key)
 
 
@@ -175,7 +176,7 @@ def test_generation_from_a_cache_equals_the_full_forward(content):
     config = ModelConfig.from_json(content | {"vocab_size": CONFIG.vocab_size})
     params, (spec, tree) = random_params(config, 3), adapters(config)
     inputs, lengths = batch((12, 8), 12), (12, 8)
-    apply, variables = jax.jit(Transformer(config, spec).apply), {"params": params, "lora": tree}
+    apply, variables = quick_jit(Transformer(config, spec).apply), {"params": params, "lora": tree}
     expected = apply(variables, *inputs)
     left = [np.stack([np.roll(row, 12 - n) for row, n in zip(array, lengths, strict=True)]) for array in inputs]
     cache, hidden = Cache.empty(config, 2, 15, jnp.float32), []
