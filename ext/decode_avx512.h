@@ -35,6 +35,10 @@ struct Weights {
   __m512i low, high;
 };
 
+// Formats in which every stored row has scales of its own, bf16, for groups of its columns.
+template <Format F>
+constexpr bool kRowScales = kScaleBlock[static_cast<int>(F)].rows == 1 && kScaleBlock[static_cast<int>(F)].bytes == 2;
+
 // How a format is decoded:
 //   kInPlace      stored rows are operands already
 //   kBlockRows    consecutive rows, from a multiple of it on, that share what scale() returns

@@ -18,10 +18,12 @@ namespace {
 #include "gemm_amx.h"
 
 // Up to so many operand rows the AVX-512 kernels were faster; bf16 along its rows needs no decoding and is as fast.
-constexpr int64_t kFewAlong = 2, kFewAcross = 4;
+template <Format F>
+constexpr int64_t kFewAlong = Decode<F>::kInPlace ? 0 : kRowScales<F> ? 3 : 2;
+constexpr int64_t kFewAcross = 4;
 template <Format F>
 constexpr bool few_along(int64_t rows) {
-  return !Decode<F>::kInPlace && rows > 0 && rows <= kFewAlong;
+  return rows > 0 && rows <= kFewAlong<F>;
 }
 
 template <Format F>

@@ -68,10 +68,6 @@ inline __attribute__((always_inline)) LowHigh by_integer_table(__m512i codes, co
                                     0x96)};  // of all three, those an odd number of which are set
 }
 
-// Formats in which every stored row has scales of its own, bf16, for groups of its columns.
-template <Format F>
-constexpr bool kRowScales = kScaleBlock[static_cast<int>(F)].rows == 1 && kScaleBlock[static_cast<int>(F)].bytes == 2;
-
 // How codes of 16 stored rows, as transpose_codes leaves them, become pairs of columns. Where rows have
 // scales, sums are multiplied by them, group by group: multiplying weights in registers, once more for every tile of
 // operand rows, would take longer than decoding them once for all (decode_ahead.h).
