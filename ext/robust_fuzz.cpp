@@ -53,8 +53,11 @@ std::string fuzz_product(const Kernels& kernels, uint64_t seed) {
   const int64_t lda = (depth + kPad - 1) / kPad * kPad + kPad, slots = (m + kRowTile - 1) / kRowTile * kRowTile;
   Memory plain(static_cast<size_t>((slots + kRowTile) * lda * size)), packed(plain.size());
   const Fenced scratch(scratch_bytes(cols), true);
-  std::memset(plain.data(), 0, plain.size());
-  std::memset(packed.data(), 0, packed.size());
+  // NaN, which what other calls leave there may be, but for the numbers of a row and zeros to a multiple of kPad.
+  std::memset(plain.data(), 0xff, plain.size());
+  std::memset(packed.data(), 0xff, packed.size());
+  for (int64_t r = 0; r < m; ++r)
+    std::memset(plain.data() + r * lda * size, 0, static_cast<size_t>((lda - kPad) * size));
   std::vector<int64_t> hot(m);
   for (int64_t r = 0; r < m; ++r) {
     hot[r] = random.between(0, depth - 1);
