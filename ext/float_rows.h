@@ -1,7 +1,7 @@
 // Up to four operand rows of the formats whose stored rows have scales: codes become floats in registers, which takes
 // the fewest instructions, and sums of them are multiplied by the scales of their groups. A dot product of bf16 counts
 // for two of these, but so few rows do not make up for rounding weights to it.
-// Included inside an unnamed namespace after lanes.h.
+// Included inside an unnamed namespace after lanes_across.h.
 
 constexpr int64_t kFloatRows = 4;
 
