@@ -92,11 +92,18 @@ void float_tile(const float* a, const Matrix& w, int64_t row, int64_t n, int64_t
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) total[j][r] = _mm512_setzero_ps();
   }
-  const auto visit = [&](const uint8_t* const(&p)[W], const uint8_t* const(&s)[W]) __attribute__((always_inline)) {
+  PartLine<F> part[W];
+  for (; depth > 0; depth -= kLineColumns) {
+    prefetch.tick();
+    if (depth < kLineColumns)
+      for (int j = 0; j < W; ++j) {
+        part[j].copy(stored[j], scales[j], depth);
+        stored[j] = part[j].codes, scales[j] = part[j].scales;
+      }
     decltype(Floats<F>::load(nullptr)) codes[W];
     __m512 sum[W][R];
 #pragma GCC unroll 4
-    for (int j = 0; j < W; ++j) codes[j] = Floats<F>::load(p[j]);
+    for (int j = 0; j < W; ++j) codes[j] = Floats<F>::load(stored[j]);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       __m512 x[R];
@@ -111,26 +118,13 @@ void float_tile(const float* a, const Matrix& w, int64_t row, int64_t n, int64_t
     }
 #pragma GCC unroll 4
     for (int j = 0; j < W; ++j) {
-      const __m512 scale = Floats<F>::scales(s[j]);
+      const __m512 scale = Floats<F>::scales(scales[j]);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) total[j][r] = _mm512_fmadd_ps(sum[j][r], scale, total[j][r]);
+      stored[j] += kLineCodes<F>;
+      scales[j] += kLineScales<F>;
     }
     a += R * kLineColumns;
-  };
-  for (; depth >= kLineColumns; depth -= kLineColumns) {
-    prefetch.tick();
-    visit(stored, scales);
-#pragma GCC unroll 4
-    for (int j = 0; j < W; ++j) stored[j] += kLineCodes<F>, scales[j] += kLineScales<F>;
-  }
-  if (depth > 0) {
-    PartLine<F> lines[W];
-    const uint8_t *codes[W], *of_groups[W];
-    for (int j = 0; j < W; ++j) {
-      lines[j].copy(stored[j], scales[j], depth);
-      codes[j] = lines[j].codes, of_groups[j] = lines[j].scales;
-    }
-    visit(codes, of_groups);
   }
 #pragma GCC unroll 4
   for (int j = 0; j < W; ++j) {

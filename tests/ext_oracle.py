@@ -1,6 +1,6 @@
 """Float64 experts in numpy and small stores over arrays: what the kernel tests compare with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -31,6 +31,10 @@ class Layer:
     gate: np.ndarray
     up: np.ndarray
     down: np.ndarray
+    exact: tuple | None = None  # the same where scales are bf16: scale * code, which some kernels do not round
+
+    def unrounded(self):
+        return replace(self, **dict(zip(("gate", "up", "down"), self.exact, strict=True))) if self.exact else self
 
 
 QUANTISED = {  # bits of a code, rows and columns that share a scale (0: all columns), type of the scale
@@ -43,7 +47,7 @@ FORMATS = ["bf16", "fp32", *QUANTISED]
 
 
 def quantised(rng, fmt, experts, rows, cols):
-    """Random codes and scales as bytes [E, .], and what they mean as float64 [E, rows, cols]: bf16(scale * code)."""
+    """Random codes and scales as bytes [E, .], and as float64 [E, rows, cols] bf16(scale * code) and scale * code."""
     bits_, block_rows, block_cols, scale_type = QUANTISED[fmt]
     block_cols = block_cols or cols
     blocks = -(-rows // block_rows), -(-cols // block_cols)
@@ -61,7 +65,7 @@ def quantised(rng, fmt, experts, rows, cols):
     scales = ((0.5 + rng.random((experts, *blocks))) / (unit * np.sqrt(cols))).astype(scale_type)
     spread = np.repeat(np.repeat(scales.astype(np.float32), block_rows, 1), block_cols, 2)[:, :rows, :cols]
     as_bytes = [np.frombuffer(a.tobytes(), np.uint8).reshape(experts, -1) for a in (stored, scales)]
-    return *as_bytes, (numbers * spread).astype(BF16).astype(np.float64)
+    return *as_bytes, (numbers * spread).astype(BF16).astype(np.float64), numbers.astype(np.float64) * spread
 
 
 def make_layer(rng, experts, width, hidden, fmt="bf16", layers=1):
@@ -72,11 +76,12 @@ def make_layer(rng, experts, width, hidden, fmt="bf16", layers=1):
         buffer = store.add_buffer(raw.reshape(-1))
         return np.full(experts, buffer, np.int32), np.arange(experts, dtype=np.int64) * raw.shape[1]
 
-    weights = []
+    weights, exact = [], []
     for projection, (rows, cols) in enumerate([(hidden, width), (hidden, width), (width, hidden)]):
         if fmt in QUANTISED:
-            codes, scales, w = quantised(rng, fmt, experts, rows, cols)
+            codes, scales, w, scaled = quantised(rng, fmt, experts, rows, cols)
             where = *add(codes), *add(scales)
+            exact.append(scaled)
         else:
             stored = bits(rng.standard_normal((experts, rows, cols)) / np.sqrt(cols), fmt)
             w = values(stored)
@@ -84,7 +89,7 @@ def make_layer(rng, experts, width, hidden, fmt="bf16", layers=1):
         for layer in range(layers):
             store.place(layer, projection, *where)
         weights.append(w)
-    return Layer(store, *weights)
+    return Layer(store, *weights, tuple(exact) if fmt in QUANTISED and QUANTISED[fmt][3] == BF16 else None)
 
 
 def route(rng, tokens, experts, per_token, holes=0.2):

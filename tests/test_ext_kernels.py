@@ -38,19 +38,26 @@ def check(layer, fmt, x, idx, gate, dy, keep=True):
     Kernels sum in fp32: n terms may lose n eps of the sum of magnitudes, in random order about sqrt(n); 40 eps covers
     the sizes here and their two chained sums. In bf16 the rounding of operands dominates: the same roundings in float64
     tell how much, and twice that is allowed; one value that falls on the other side of a rounding boundary (2^-8 of
-    itself) matters only where few are summed.
+    itself) matters only where few are summed. Weights may be left unrounded (kernels.h), which float64 can do as well.
     """
     got = [values(a) for a in run(layer, x, idx, gate, dy, keep)]
-    exact = oracle(layer, values(x), idx, gate, values(dy))
     narrow = fmt != "fp32"
-    rounded = oracle(layer, values(x), idx, gate, values(dy), round_bf16 if narrow else lambda a: a)
-    for name, a, b, r in zip(["y", "dx", "dgate"], got, exact, rounded, strict=True):
+    rounding = round_bf16 if narrow else lambda a: a
+    exact, rounded = both(layer, x, idx, gate, dy, rounding)
+    scaled, scaled_rounded = both(layer.unrounded(), x, idx, gate, dy, rounding) if layer.exact else (exact, rounded)
+    for name, a, b, r, s, t in zip(["y", "dx", "dgate"], got, exact, rounded, scaled, scaled_rounded, strict=True):
         allowed = 40 * 2.0**-24
         if narrow:
-            allowed += 2 * relative_l2(r, b) + 2.0**-8 / max(1, np.sqrt(layer.gate.shape[1] / 8))
+            allowed += 2.0**-8 / max(1, np.sqrt(layer.gate.shape[1] / 8)) + relative_l2(s, b)
+            allowed += 2 * max(relative_l2(r, b), relative_l2(t, s))
         if x.dtype == np.uint16 and name != "dgate":
             allowed += 2.0**-8  # the output itself is rounded to bf16
         assert relative_l2(a, b) <= allowed, name
+
+
+def both(layer, x, idx, gate, dy, rounding):
+    """(exact, rounded) results of float64."""
+    return [oracle(layer, values(x), idx, gate, values(dy), f) for f in (lambda a: a, rounding)]
 
 
 def problem(rng, tokens, width, idx, gate, dtype):

@@ -51,7 +51,7 @@ def pair(request, whole, tmp_path_factory):
 @pytest.mark.parametrize(("rows", "columns"), [(300, 136), (128, 128), (5, 37), (129, 1)])
 def test_any_rows_of_any_format(format_, rows, columns):
     made = FORMATS[format_]
-    codes, scales, expected = ext_oracle.quantised(np.random.default_rng(0), format_, 1, rows, columns)
+    codes, scales, expected, _ = ext_oracle.quantised(np.random.default_rng(0), format_, 1, rows, columns)
     dtypes = {"F8_E4M3": np.uint8, "I32": "<i4", "I8": np.int8, "F32": np.float32, "BF16": ml_dtypes.bfloat16}
     codes = codes[0].view(dtypes[made.dtype]).reshape(made.shape(rows, columns))
     scales = scales[0].view(dtypes[made.scale_dtype]).reshape(made.scales_shape(rows, columns))
