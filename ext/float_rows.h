@@ -29,8 +29,8 @@ template <>
 struct Floats<Format::kInt4Group32> {
   static inline __attribute__((always_inline)) __m512i load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static inline __attribute__((always_inline)) __m512 vector(__m512i codes, int i) {
-    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, static_cast<unsigned>(4 * i)), values);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, static_cast<unsigned>(4 * i)),
+                                 _mm512_load_ps(kInt4Constants.codes));
   }
   static inline __attribute__((always_inline)) __m512 scales(const uint8_t* p) {
     int64_t four;
@@ -60,7 +60,8 @@ constexpr int64_t kLineColumns = 128;
 template <Format F>
 constexpr int64_t kLineCodes = kLineColumns * kBits[static_cast<int>(F)] / 8;
 template <Format F>
-constexpr int64_t kLineScales = kLineColumns / kScaleBlock[static_cast<int>(F)].cols * 2;
+constexpr int64_t kLineScales =
+    kLineColumns / kScaleBlock[static_cast<int>(F)].cols * kScaleBlock[static_cast<int>(F)].bytes;
 
 // A copy of n columns of a stored row, where a whole line does not lie, and zeros.
 template <Format F>
@@ -68,10 +69,10 @@ struct PartLine {
   alignas(64) uint8_t codes[kLineCodes<F>];
   uint8_t scales[8];
   void copy(const uint8_t* from, const uint8_t* of_groups, int64_t n) {
-    constexpr int64_t group = kScaleBlock[static_cast<int>(F)].cols;
+    constexpr ScaleBlock block = kScaleBlock[static_cast<int>(F)];
     *this = {};
     __builtin_memcpy(codes, from, static_cast<size_t>(bytes_of(F, n + (F == Format::kInt4Group32))));
-    __builtin_memcpy(scales, of_groups, static_cast<size_t>((n + group - 1) / group * 2));
+    __builtin_memcpy(scales, of_groups, static_cast<size_t>(scales_per_row(block, n) * block.bytes));
   }
 };
 
@@ -198,8 +199,9 @@ void float_line(const float* a, const uint8_t* stored, int64_t step, const uint8
 template <Format F>
 void across_floats(const Product& p) {
   const Matrix& w = p.strip.matrix;
+  constexpr ScaleBlock block = kScaleBlock[static_cast<int>(F)];
   const int64_t end = p.strip.first + p.strip.count, row_size = row_bytes(F, w.cols),
-                scales_size = scales_per_row(kScaleBlock[static_cast<int>(F)], w.cols) * 2;
+                scales_size = scales_per_row(block, w.cols) * block.bytes;
   float* const x = reinterpret_cast<float*>(p.scratch);  // [rows][kPairsDepth]
   float* const sums = x + kFloatRows * kPairsDepth;      // [lines][rows][128]
   constexpr int64_t kLines = 3;                          // 256 columns may begin and end within one
@@ -216,12 +218,7 @@ void across_floats(const Product& p) {
   for (int64_t k = 0; k < w.rows; k += kPairsDepth) {
     const int64_t depth = w.rows - k < kPairsDepth ? w.rows - k : kPairsDepth;
     const int passes = p.rows <= 2 ? 1 : 2;
-    const bool here = k + kPairsDepth < w.rows;
-    const Strip& s = here ? p.strip : p.next;
-    const int64_t from = here ? k + kPairsDepth : 0, left = s.matrix.rows - from;
-    Prefetch prefetch(byte_at(F, s.matrix, from, s.first), row_bytes(F, s.matrix.cols), bytes_of(F, s.count),
-                      left < kPairsDepth ? left : kPairsDepth, passes * lines * depth,
-                      scales_of<F>(s.matrix, from, s.first, s.count));
+    Prefetch prefetch = visit_after<F>(p, k, passes * lines * depth);
     for (int64_t r = 0; r < p.rows; ++r)
       for (int64_t i = 0; i < depth; i += kLanes)
         store(x + r * kPairsDepth + i, load_bf16_n(operands(p, r, k) + i, depth - i < kLanes ? depth - i : kLanes));

@@ -156,6 +156,16 @@ void across_tile(const uint16_t* a, const uint8_t* w, int64_t row_size, int64_t 
   cursor = prefetch;
 }
 
+// Asks for the stored rows that are visited after those from k on, in this strip or the next.
+template <Format F>
+Prefetch visit_after(const Product& p, int64_t k, int64_t ticks) {
+  const bool here = k + kPairsDepth < p.strip.matrix.rows;
+  const Strip& s = here ? p.strip : p.next;
+  const int64_t from = here ? k + kPairsDepth : 0, left = s.matrix.rows - from;
+  return Prefetch(byte_at(F, s.matrix, from, s.first), row_bytes(F, s.matrix.cols), bytes_of(F, s.count),
+                  left < kPairsDepth ? left : kPairsDepth, ticks, scales_of<F>(s.matrix, from, s.first, s.count));
+}
+
 template <Format F>
 void across_lanes(const Product& p) {
   const Matrix& w = p.strip.matrix;
@@ -174,13 +184,7 @@ void across_lanes(const Product& p) {
   for (int64_t k = 0; k < w.rows; k += kPairsDepth) {
     const int64_t depth = w.rows - k < kPairsDepth ? w.rows - k : kPairsDepth,
                   padded = (depth + kPad - 1) / kPad * kPad;
-    const bool here = k + kPairsDepth < w.rows;
-    const Strip& s = here ? p.strip : p.next;
-    const int64_t from = here ? k + kPairsDepth : 0, left = s.matrix.rows - from;
-    Prefetch prefetch(byte_at(F, s.matrix, from, s.first), row_bytes(F, s.matrix.cols), bytes_of(F, s.count),
-                      left < kPairsDepth ? left : kPairsDepth,
-                      (p.rows + kLaneRows - 1) / kLaneRows * lines * padded / 2,
-                      scales_of<F>(s.matrix, from, s.first, s.count));
+    Prefetch prefetch = visit_after<F>(p, k, (p.rows + kLaneRows - 1) / kLaneRows * lines * padded / 2);
     const Tables<F> tables(w, k, depth, p.strip.first, p.strip.count, room);
     pack_lanes(operands(p, 0, k), p.lda, p.rows, 0, p.rows, 0, padded, packed, padded);
     for (int64_t line = 0; line < lines; ++line) {
