@@ -1,7 +1,9 @@
 """The loop over optimiser steps: evaluate, save, step, and stop well."""
 
 import contextlib
+import filecmp
 import json
+import math
 import re
 import time
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from rich.console import Console
 
 from kjax import adapters, env, gin_config, hosted, job, lora, models, step
 from kjax import optimizer as optimizers
+from kjax.checkpoint import ADAPTER
 from kjax.data import Batches
 from kjax.errors import RunError
 from kjax.interrupt import Cancelled, Interrupts
@@ -74,6 +77,8 @@ class Fit:
         chosen = optimizers.optimizer(config.optimizer, self.total, clipping=self.host_lora is None)
         self.state = self._initial_state(chosen, resume_step)
         self.done = self.saved = resume_step or 0
+        if resume_step is not None:
+            self._renew_adapter()
         self._write_record()
         status = "finished"
         self.log = RunLog(self.directory.path, self.total, start_step=self.done, tensorboard=self.settings.tensorboard,
@@ -134,17 +139,18 @@ class Fit:
         self.directory.write(ENV, json.dumps(env.report(), indent=1))
 
     def _steps(self) -> None:
-        """Evaluate and save where due, then step: so a resumed run does what was left undone at its first step."""
+        """Save and evaluate where due, then step: so a resumed run does what was left undone at its first step."""
         while True:
-            if self._evaluation_due():
-                self._evaluate()
             stopping = self._stopping()
             due = stopping or self.done == self.total or _due(self.settings.save_steps, self.done)
             if due and self.done > self.saved:
                 self._save()
-            if self.done >= self.total or stopping:
+            if not stopping and self._evaluation_due():
+                self._evaluate()  # what fails here loses no saved step; a signal meanwhile is answered by the next turn
+            elif stopping or self.done >= self.total:
                 return
-            self._step()
+            else:
+                self._step()
 
     def _evaluation_due(self) -> bool:
         if self.evaluation is None or any(at == self.done for at, _ in self.log.eval_losses):
@@ -191,6 +197,12 @@ class Fit:
             part = self.eval_step(self.state.lora, self.params, batch)
             total, count = total + float(part[0]), count + float(part[1])
         loss = total / max(count, 1.0)
+        if not math.isfinite(loss):
+            if self.done > self.saved:
+                self._save()
+            raise RunError(f"the evaluation after step {self.done} made a loss of {loss}: the run stops. "
+                           f"{self._last_saved()}. A lower Optimizer.learning_rate, more warm-up or clipping may help; "
+                           "float32 tells whether it is a matter of rounding")
         self.log.evaluation(self.done, loss=loss, epoch=self.done / len(self.job.batches),
                             elapsed=time.monotonic() - self.started)
         self.progress.say(f"evaluation loss after {self.done} steps: {loss:.4f}")
@@ -202,17 +214,27 @@ class Fit:
         self._begin(f"saving step {self.done}")
 
         def work():
-            def write(directory: Path):
-                adapters.save(directory, self.state.lora, self.job.spec, self.job.linears, base=self.job.base,
-                              chat_template=self.job.tokenizer.chat_template)
-
-            self.directory.checkpoints.save(self.done, self.state, write, self.job.identity)
-            write(self.directory.adapter)
+            self.directory.checkpoints.save(self.done, self.state, self._write_adapter, self.job.identity)
+            self._write_adapter(self.directory.adapter)
             self.log.refresh_plots()
 
         self.interrupts.call(work)
         self.saved, self.doing = self.done, ""
         self.progress.say(f"saved step {self.done}: {self.directory.checkpoints.path(self.done)}")
+
+    def _write_adapter(self, directory: Path) -> None:
+        adapters.save(directory, self.state.lora, self.job.spec, self.job.linears, base=self.job.base,
+                      chat_template=self.job.tokenizer.chat_template)
+
+    def _renew_adapter(self) -> None:
+        """Bring the run's adapter up to the restored state: the save may have been cut short between the two."""
+        saved, newest = self.directory.checkpoints.path(self.saved) / ADAPTER, self.directory.adapter
+        # The weights are replaced last: where they are right, so is the rest.
+        _, differing, missing = filecmp.cmpfiles(saved, newest, [adapters.WEIGHTS], shallow=False)
+        if differing or missing:
+            self._write_adapter(newest)
+            self.console.print(f"{newest}: written again from the state of step {self.saved}", soft_wrap=True,
+                               markup=False)
 
     def _begin(self, what: str) -> None:
         self.doing = what

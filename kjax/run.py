@@ -91,11 +91,17 @@ class RunDirectory:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(held), os.stat(lock)):
                 raise FileNotFoundError  # its holder removed it since it was opened: it locks nothing
-        except OSError as error:
+        except (BlockingIOError, FileNotFoundError) as error:
             holder = _holder(lock)
             os.close(held)
             raise RunError(f"{self.path}: in use by {holder}; wait for it, stop it, or choose another run_dir"
                            ) from error
+        except OSError as error:
+            os.close(held)
+            if self._made_lock:
+                lock.unlink(missing_ok=True)
+            raise RunError(f"{lock}: cannot be locked ({error.strerror}), as on a file system that has no locks; "
+                           "choose a run_dir on another one") from error
         self._lock = held
         try:
             os.ftruncate(held, 0)
@@ -107,14 +113,15 @@ class RunDirectory:
         present = self._present()
         if self._resume:
             if not self.checkpoints.steps():
-                raise RunError(f"{self.path}: no saved state to resume from; start without --resume")
+                way = "start over with --overwrite" if present else "start without --resume"
+                raise RunError(f"{self.path}: no saved state to resume from; {way}")
         elif self._overwrite:
             self._require_only_own()
         elif present:
             steps = self.checkpoints.steps()
-            state = f"saved up to step {steps[-1]}" if steps else "without a saved state"
-            raise RunError(f"{self.path}: already holds a run ({state}): go on with --resume, replace it with "
-                           "--overwrite, or choose another run_dir")
+            state = (f"saved up to step {steps[-1]}): go on with --resume, replace" if steps else
+                     "without a saved state): replace")
+            raise RunError(f"{self.path}: already holds a run ({state} it with --overwrite, or choose another run_dir")
 
     def _require_only_own(self) -> None:
         """Refuses to remove a directory of the run into which something else was put."""
@@ -138,14 +145,25 @@ class RunDirectory:
         yield from (path for path in _children(self.path / ADAPTER) if path.name not in ADAPTER_FILES)
         yield from (path for path in _children(self.path / BOARD) if not path.name.startswith("events.out.tfevents."))
 
-    def require_space(self, state_bytes: int) -> None:
-        """Refuses to begin where the states that will be kept, and the one being written, do not fit on the disk."""
+    def require_space(self, state_bytes: int, saves: int) -> None:
+        """Refuses to begin where the states that will be kept, and the one being written, do not fit on the disk.
+
+        saves: how many are still to come. A quarter of a state's bytes is its adapter, of which the run's own is one
+        more, and a second while it is replaced.
+        """
         present = 0 if self._overwrite else len(self.checkpoints.steps())
-        needed = state_bytes * max(1, self.checkpoints.keep + 1 - present)
-        free = shutil.disk_usage(self.path).free
+        states = min(saves, max(1, self.checkpoints.keep + 1 - present))
+        needed = state_bytes * states + state_bytes // 4 * min(saves, 2)
+        free = shutil.disk_usage(self.path).free + (self._replaced_bytes() if self._overwrite else 0)
         if needed > free:
-            raise RunError(f"{self.path}: the saved states need {lora.size(needed)}, {lora.size(free)} are free: lower "
-                           "Train.keep, free some space, or choose another run_dir")
+            fewer = "lower Train.keep, " if states > 1 else ""
+            raise RunError(f"{self.path}: the saved states need {lora.size(needed)}, {lora.size(free)} are free: "
+                           f"{fewer}free some space, or choose another run_dir")
+
+    def _replaced_bytes(self) -> int:
+        """What `clear` will free, by far most of it."""
+        return sum(path.lstat().st_size for name in (SAVED, ADAPTER) for path in (self.path / name).rglob("*")
+                   if path.is_file())
 
     def clear(self) -> None:
         """Remove the earlier run that is to be overwritten: its own files only."""

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -272,6 +273,16 @@ def test_a_file_that_cannot_be_written_leaves_no_part(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(RunError, match="cannot be locked .No locks available.*has no locks; choose a run_dir on"):
+        open_directory(tmp_path / "run").__enter__()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_lock_removed_while_it_is_opened_locks_nothing(tmp_path, monkeypatch):
     """The holder of a lock gives it up, and removes it, between another's opening and locking it."""
     holder = open_directory(tmp_path / "run").__enter__()
@@ -295,6 +306,39 @@ def test_a_run_is_never_overwritten_unasked(tmp_path):
         assert directory.checkpoints.latest()[0] == 1
     with pytest.raises(RunError, match="exclude each other"):
         open_directory(path, resume=True, overwrite=True)
+
+
+def test_a_run_without_a_saved_state_can_only_be_replaced(tmp_path):
+    with open_directory(tmp_path) as directory:
+        directory.write("config.gin", "")
+    with pytest.raises(RunError, match="without a saved state.: replace it with --overwrite") as caught:
+        open_directory(tmp_path).__enter__()
+    assert "--resume" not in str(caught.value)
+    with pytest.raises(RunError, match="no saved state to resume from; start over with --overwrite"):
+        open_directory(tmp_path, resume=True).__enter__()
+    with open_directory(tmp_path, overwrite=True):
+        pass
+
+
+def test_the_space_needed_is_that_of_the_saves_to_come(tmp_path, monkeypatch):
+    def allowed(directory, free, saves):
+        monkeypatch.setattr("kjax.run.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))
+        try:
+            directory.require_space(1000, saves)
+        except RunError as error:
+            assert ("Train.keep" in str(error)) == (saves > 1)
+            return False
+        return True
+
+    with open_directory(tmp_path / "new") as directory:
+        for saves, needed in ((1, 1250), (2, 2500), (3, 3500), (9, 3500)):  # keep is 2
+            assert allowed(directory, needed, saves) and not allowed(directory, needed - 1, saves)
+    path = finished_run(tmp_path / "run")
+    with open_directory(path, resume=True) as directory:
+        assert allowed(directory, 0, 0) and allowed(directory, 2500, 9) and not allowed(directory, 2499, 9)
+    (path / "adapter" / "adapter_model.safetensors").write_bytes(b"x" * 1250)
+    with open_directory(path, overwrite=True) as directory:
+        assert allowed(directory, 0, 1), "what is replaced makes room"
 
 
 def test_overwrite_removes_the_run_and_nothing_else(tmp_path):

@@ -1,6 +1,8 @@
 """`kjax merge`: every format merged in its own layout, what is copied, interruptions, small changes, bad input."""
 
+import errno
 import json
+import os
 import tracemalloc
 
 import adapter_cases as cases
@@ -152,6 +154,18 @@ def test_interrupted_and_gone_on_with(whole, tmp_path, monkeypatch):
         merge(base, other, tmp_path / "m", progress=False)
     merge(base, adapter, tmp_path / "m", progress=False)
     assert contents(tmp_path / "m") == contents(tmp_path / "straight")
+
+
+def test_only_a_held_lock_is_another_process(whole, tmp_path, monkeypatch):
+    adapter = write_adapter(tmp_path / "a", whole, ("attention",))
+    for number, message in ((errno.EWOULDBLOCK, "another process is making it"),
+                            (errno.ENOLCK, "cannot be locked .No locks available.*has no locks; give a target on")):
+        def refuse(*_, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(rewrite.fcntl, "flock", refuse)
+        with pytest.raises(CheckpointError, match=message):
+            merge(whole, adapter, tmp_path / "m", progress=False)
 
 
 def test_a_multimodal_checkpoint(whole, tmp_path):

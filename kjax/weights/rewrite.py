@@ -172,10 +172,14 @@ class _Lock:
         self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(self._handle)
             raise CheckpointError(f"{self.path.parent}: another process is making it; wait for it, or give another "
                                   "target") from None
+        except OSError as error:
+            os.close(self._handle)
+            raise CheckpointError(f"{self.path}: cannot be locked ({error.strerror}), as on a file system that has no "
+                                  "locks; give a target on another one") from error
 
     def __exit__(self, *_):
         os.close(self._handle)
