@@ -169,6 +169,11 @@ def message_rows(*roles_and_texts):
     return {"messages": [{"role": r, "content": t} for r, t in roles_and_texts]}
 
 
+def reasoned(reasoning, text):
+    return {"messages": [{"role": "user", "content": "a"},
+                         {"role": "assistant", "reasoning_content": reasoning, "content": text}]}
+
+
 @pytest.mark.parametrize("row, message", [
     (message_rows(("assistant", "a")), "message 1 is from 'assistant', expected 'user'"),
     (message_rows(("user", "a"), ("user", "b"), ("assistant", "c")), "message 2 is from 'user', expected 'assistant'"),
@@ -186,6 +191,18 @@ def message_rows(*roles_and_texts):
      "message 2 holds tool_calls"),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, "message 2 has no 'content'"),
     ({"messages": [{"role": "user", "content": "a"}, "b"]}, "message 2 must be an object"),
+    ({"messages": [{"role": "user", "content": "a", "reasoning_content": "r"}, {"role": "assistant", "content": "b"}]},
+     "message 1 is from 'user' and holds reasoning_content"),
+    (reasoned(["r"], "b"), "message 2: reasoning_content must be text, not list"),
+    (reasoned("r", "\n<think>q</think>b"), "message 2 holds reasoning_content, but also <think>"),
+    (reasoned("r", "q</think>b"), "keep its reasoning in one of the two"),
+    (reasoned("r</think>", "b"), "keep its reasoning in one of the two"),
+    (MESSAGES | {"tools": [{"type": "function"}]}, "column 'tools' is not supported.*dataset_info.json"),
+    (MESSAGES | {"tools": '[{"name": "f"}]'}, "column 'tools' is not supported"),
+    (MESSAGES | {"chosen": {"role": "assistant", "content": "a"}}, "column 'chosen' is not supported"),
+    (MESSAGES | {"rejected": "a"}, "column 'rejected' is not supported"),
+    (MESSAGES | {"images": ["a.png"]}, "column 'images' is not supported"),
+    (MESSAGES | {"kto_tag": False}, "column 'kto_tag' is not supported"),
     ({"messages": []}, "must be a list of messages"),
     ({"messages": None}, "must be a list of messages"),
 ])
@@ -194,6 +211,29 @@ def test_wrong_turns(tmp_path, row, message):
     with pytest.raises(DataError, match=message) as error:
         read(path)
     assert "m.json, row 2" in str(error.value)
+
+
+@pytest.mark.parametrize("reasoning, text, content", [
+    ("Let me add: 4.", "4", "<think>\nLet me add: 4.\n</think>\n\n4"),
+    ("\nr\n", "\n\nb ", "<think>\nr\n</think>\n\nb "),
+    ("", " b", " b"), ("\n", "b", "b"), (None, "<think>q</think>b", "<think>q</think>b"),
+])  # fmt: skip
+def test_reasoning_beside_a_reply_goes_before_it(tmp_path, reasoning, text, content):
+    row = reasoned(reasoning, text)
+    assert turns(read(write(tmp_path / "m.json", [row]))[0])[1] == ("assistant", content)
+    turn = {"from": "gpt", "reasoning_content": reasoning, "value": text}
+    row = {"conversations": [{"from": "human", "value": "a"}, turn]}
+    assert turns(read(write(tmp_path / "s.json", [row]))[0])[1] == ("assistant", content)
+
+
+def test_columns_that_hold_nothing_are_passed_over(tmp_path):
+    rows = [MESSAGES | {"tools": value, "chosen": None} for value in (None, "", [], "[]")]
+    assert len(read(write(tmp_path / "m.json", rows))) == 4
+    write(tmp_path / "d.json", [MESSAGES | {"tools": "x"}])
+    entry = {"file_name": "d.json", "formatting": "sharegpt", "columns": {"messages": "messages"},
+             "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"d": entry}))
+    assert len(read("d", dataset_dir=str(tmp_path))) == 1
 
 
 def test_select_and_limit(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from pathlib import Path
 
 import data_toy
 import numpy as np
@@ -15,7 +16,8 @@ DEEPSEEK, KIMI = data_toy.SPECIALS[:6], data_toy.SPECIALS[4:]
 QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>"]
 GLM = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<think>",
        "</think>", "/nothink"]  # fmt: skip
-SPECIALS = {"deepseek31": DEEPSEEK, "kimi_k25": KIMI, "qwen3": QWEN, "qwen3_nothink": QWEN, "glm4_moe": GLM}
+SPECIALS = {"deepseek31": DEEPSEEK, "kimi_k2_thinking": KIMI, "kimi_k25": KIMI, "qwen3": QWEN, "qwen3_nothink": QWEN,
+            "glm4_moe": GLM}  # fmt: skip
 # How the tokenizers of both cut text: contractions, words with one leading sign, single or few digits, signs, spaces.
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
          r"|\s+(?!\S)|\s+")
@@ -47,7 +49,9 @@ def tokenizer(request, tmp_path):
 
 
 EOS = data_toy.EOS
-# Without reasoning, with it, and prompts: as the template asks by itself, with and without reasoning.
+KIMI_SYSTEM = "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>"
+# Without reasoning, with it, and prompts: as the template asks by itself, with and without reasoning. <off> stands for
+# what a prompt without reasoning says in the user's turns.
 EXPECTED = {
     "deepseek31": (
         f"{data_toy.BOS}be kind<｜User｜>hello<｜Assistant｜></think>[the cat{EOS}]<｜User｜>and?"
@@ -56,6 +60,17 @@ EXPECTED = {
         f"<｜Assistant｜><think>[\nit is\n</think>\n\nsat{EOS}]",
         f"{data_toy.BOS}<｜User｜>hello<｜Assistant｜></think>the cat{EOS}<｜User｜>and?<｜Assistant｜>",
         ("</think>", "<think>", "</think>")),
+    "kimi_k2_thinking": (
+        "<|im_system|>system<|im_middle|>be kind<|im_end|><|im_user|>user<|im_middle|>hello<|im_end|>"
+        "<|im_assistant|>assistant<|im_middle|><think></think>[the cat<|im_end|>]<|im_user|>user<|im_middle|>and?"
+        "<|im_end|><|im_assistant|>assistant<|im_middle|><think></think>[sat<|im_end|>]",
+        f"{KIMI_SYSTEM}<|im_user|>user<|im_middle|>hello<|im_end|><|im_assistant|>assistant<|im_middle|>"
+        "[<think>the mat</think>the cat<|im_end|>]<|im_user|>user<|im_middle|>and?<|im_end|><|im_assistant|>assistant"
+        "<|im_middle|>[<think>\nit is\n</think>\n\nsat<|im_end|>]",
+        f"{KIMI_SYSTEM}<|im_user|>user<|im_middle|>hello<|im_end|><|im_assistant|>assistant<|im_middle|>"
+        "<think></think>the cat<|im_end|><|im_user|>user<|im_middle|>and?<|im_end|><|im_assistant|>assistant"
+        "<|im_middle|>",
+        ("", "", "<think></think>")),
     "kimi_k25": (
         "<|im_system|>system<|im_middle|>be kind<|im_end|><|im_user|>user<|im_middle|>hello<|im_end|>"
         "<|im_assistant|>assistant<|im_middle|><think></think>[the cat<|im_end|>]<|im_user|>user<|im_middle|>and?"
@@ -84,11 +99,11 @@ EXPECTED = {
         "<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n",
         ("", "", "")),
     "glm4_moe": (
-        "[gMASK]<sop><|system|>\nbe kind<|user|>\nhello<|assistant|>\n<think></think>[\nthe cat<|user|>]\nand?"
-        "<|assistant|>\n<think></think>[\nsat<|user|>]",
+        "[gMASK]<sop><|system|>\nbe kind<|user|>\nhello/nothink<|assistant|>\n<think></think>[\nthe cat<|user|>]"
+        "\nand?/nothink<|assistant|>\n<think></think>[\nsat<|user|>]",
         "[gMASK]<sop><|user|>\nhello<|assistant|>[\n<think>the mat</think>\nthe cat<|user|>]\nand?<|assistant|>"
         "[\n<think>it is</think>\nsat<|user|>]",
-        "[gMASK]<sop><|user|>\nhello<|assistant|>\n<think></think>\nthe cat<|user|>\nand?<|assistant|>",
+        "[gMASK]<sop><|user|>\nhello<off><|assistant|>\n<think></think>\nthe cat<|user|>\nand?<off><|assistant|>",
         ("", "", "\n<think></think>")),
 }  # fmt: skip
 
@@ -109,8 +124,20 @@ def test_what_is_prompt_and_what_is_trained(tokenizer):
         assert bracketed(tokenizer, *tokenizer.render(messages)) == expected
     for thinking, end in zip((None, True, False), asked, strict=True):
         ids, trained = tokenizer.render(THINK[:3], add_generation_prompt=True, thinking=thinking)
-        assert tokenizer.decode(ids) == prompt + end and not trained.any()
+        expected = prompt.replace("<off>", "/nothink" if thinking is False else "") + end
+        assert tokenizer.decode(ids) == expected and not trained.any()
     assert not tokenizer.bos_id or list(ids).count(tokenizer.bos_id) == 1
+
+
+@pytest.mark.parametrize("space", ["\n", " \n\n"])
+def test_white_space_before_reasoning_does_not_double_its_marker(tokenizer, space):
+    if tokenizer.template.name == "qwen3_nothink":
+        pytest.skip("keeps replies whole")
+    question, reply = THINK[2:]
+    ids, trained = tokenizer.render([question, dict(reply, content=space + reply["content"])])
+    expected_ids, expected_trained = tokenizer.render([question, reply])
+    assert ids.tolist() == expected_ids.tolist() and trained.tolist() == expected_trained.tolist()
+    assert ids.tolist().count(tokenizer.specials["<think>"].id) == 1
 
 
 def test_a_reply_is_trained_where_generation_would_write_it(tokenizer):
@@ -124,9 +151,22 @@ def test_a_reply_is_trained_where_generation_would_write_it(tokenizer):
 
 
 def test_the_token_that_ends_a_reply_stops_generation(tokenizer):
-    ends = {"deepseek31": EOS, "glm4_moe": "<|user|>", "kimi_k25": "<|im_end|>"}
+    ends = {"deepseek31": EOS, "glm4_moe": "<|user|>"}
     end = ends.get(tokenizer.template.name, "<|im_end|>")
     assert tokenizer.specials[end].id in tokenizer.eos_ids
+
+
+def test_glm_says_nothink_once(tmp_path):
+    """Where it is text of the tokenizer; where it is a token, what a user types is not that token."""
+    data_toy.write(tmp_path, specials=tuple(GLM[:-1]), add_bos_token=False, bos_token=None, eos_token=GLM[0])
+    tokenizer = Tokenizer.load(tmp_path, "glm4_moe")
+    for said in ("hello", "hello/nothink"):
+        ids, _ = tokenizer.render([{"role": "user", "content": said}], add_generation_prompt=True, thinking=False)
+        assert tokenizer.decode(ids) == "[gMASK]<sop><|user|>\nhello/nothink<|assistant|>\n<think></think>"
+    mixed = [PLAIN[1], PLAIN[2], THINK[2], THINK[3]]
+    assert bracketed(tokenizer, *tokenizer.render(mixed)) == (
+        "[gMASK]<sop><|user|>\nhello/nothink<|assistant|>\n<think></think>[\nthe cat<|user|>]\nand?<|assistant|>"
+        "[\n<think>it is</think>\nsat<|user|>]")
 
 
 def test_ids_and_mask_equal_transformers(tokenizer):
@@ -171,6 +211,12 @@ def test_ids_of_text_are_those_of_the_library(tmp_path, name):
         assert tokenizer.encode(text) == oracle.encode(text, add_special_tokens=False).ids
         kept = unicodedata.normalize("NFC", text) if name == "qwen3" else text
         assert tokenizer.decode(tokenizer.encode(text)) == kept
+
+
+def test_kimi_thinking_is_not_kimi_k25():
+    for name in ("kimi_k2_thinking", "kimi_thinking"):
+        found = templates.find(name, Path("."), {}, dict.fromkeys(KIMI, 0))
+        assert found.name == "kimi_k2_thinking"
 
 
 def test_the_template_that_is_suggested(tmp_path):

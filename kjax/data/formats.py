@@ -62,6 +62,8 @@ def load_conversations(dataset: str, settings: config.Data, select: Mapping[str,
                             "rows are not repeated")
         rows = rows[: source.num_samples]
     rows = rows[: settings.limit]
+    if source.format is None and name != "alpaca":
+        _check_columns(rows)
     convert: Callable = _alpaca if name == "alpaca" else _turns
     return [convert(row, columns, tags) for row in rows]
 
@@ -100,6 +102,16 @@ def _check_names(source: Source, name: str, tags: Mapping[str, str]):
             near = difflib.get_close_matches(key, known, n=1)
             raise DataError(f"{source.path}: unknown {what} entry {key!r} for format {name}"
                             + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}"))
+
+
+def _check_columns(rows: list[Row]):
+    """Of a file without an entry, no column is passed over that changes what its messages mean."""
+    for row in rows:
+        for column in _REFUSED_COLUMNS:
+            if row.values.get(column) not in (None, "", [], {}, "[]"):  # "[]": tools are often JSON within text
+                raise DataError(f"{row.where}: column {column!r} is not supported; only text dialogues are trained. "
+                                "An entry of a dataset_info.json (data.dataset_dir) reads the columns that it names "
+                                "and passes over others")
 
 
 def _default_columns(name: str, rows: list[Row]) -> dict[str, str]:
@@ -186,10 +198,26 @@ def _turns(row: Row, columns: Mapping[str, str], tags: Mapping[str, str]) -> Con
         elif role != expected:
             raise DataError(f"{row.where}: message {number} is from {turn[tags['role_tag']]!r}, expected "
                             f"{tags[expected + '_tag']!r}: user and assistant take turns, user first")
-        messages.append(Message(role, _string(turn[tags["content_tag"]], f"message {number}", row)))
+        messages.append(Message(role, _content(turn, role, number, tags, row)))
     if messages[-1].role != "assistant":
         raise DataError(f"{row.where}: the last message is from {messages[-1].role}: there is no reply to train on")
     return Conversation(tuple(messages), row.where)
+
+
+def _content(turn: Mapping[str, Any], role: str, number: int, tags: Mapping[str, str], row: Row) -> str:
+    """Text of a turn; reasoning that stands beside it goes before it, with the line breaks that DeepSeek-R1 writes."""
+    content = _string(turn[tags["content_tag"]], f"message {number}", row)
+    reasoning = turn.get("reasoning_content")
+    reasoning = "" if reasoning is None else _string(reasoning, f"message {number}: reasoning_content", row).strip()
+    if not reasoning:
+        return content
+    if role != "assistant":
+        raise DataError(f"{row.where}: message {number} is from {turn[tags['role_tag']]!r} and holds "
+                        "reasoning_content: only the assistant reasons")
+    if content.lstrip().startswith("<think>") or "</think>" in content + reasoning:
+        raise DataError(f"{row.where}: message {number} holds reasoning_content, but also <think> or </think> in its "
+                        "text; keep its reasoning in one of the two")
+    return f"<think>\n{reasoning}\n</think>\n\n{content.lstrip()}"
 
 
 def _role(turn, number: int, tags: Mapping[str, str], row: Row) -> str:

@@ -22,7 +22,7 @@ OUTPUT_CHARACTERS = 1 << 20  # beside 16 times the conversation's own length
 _DIRECTORY = Path(__file__).parent / "chat_templates"
 # Other names of a dialogue: LLaMA-Factory's, and those of models that share it.
 _ALIASES = {"deepseek": "deepseek2", "deepseek32": "deepseek31", "kimi": "kimi_k2", "moonlight": "kimi_k2",
-            "kimi_thinking": "kimi_k25", "kimi_k2_thinking": "kimi_k25", "glm4.5": "glm4_moe", "glm4.6": "glm4_moe"}
+            "kimi_thinking": "kimi_k2_thinking", "glm4.5": "glm4_moe", "glm4.6": "glm4_moe"}
 _KIMI = ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>")
 _DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>")
 _THINK = ("<think>", "</think>")
@@ -30,6 +30,7 @@ _THINK = ("<think>", "</think>")
 # tokenizer has all tokens for, the first is suggested where the model's own loses text.
 _REQUIRED = {
     "kimi_k25": (*_KIMI, *_THINK),
+    "kimi_k2_thinking": (*_KIMI, *_THINK),
     "kimi_k2": _KIMI,
     "deepseekr1": (*_DEEPSEEK, *_THINK),
     "deepseek31": (*_DEEPSEEK, *_THINK),
