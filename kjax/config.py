@@ -70,7 +70,9 @@ class Model(_Checked):
     """
 
     directory: str
-    adapter: str | None = None  # a PEFT adapter to continue from
+    # A PEFT adapter to continue from: its targets, ranks and scales hold, its chat template where Data names none, and
+    # its dropout where Lora's is 0.
+    adapter: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     experts: Literal["host", "device"] = "host"
     weights: Literal["full", "8bit", "nf4", "int4"] = "full"

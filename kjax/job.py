@@ -71,7 +71,10 @@ def prepare(config: Config) -> Job:
         spec = lora_targets.resolve(config.lora, linears)
     else:
         spec, tree = adapters.load(config.model.adapter, linears, base)
-    tokenizer = data.Tokenizer.load(config.model.directory, template=config.data.template)
+        if config.lora.dropout:  # of how it is trained, not of the adapter
+            spec = spec.with_dropout(config.lora.dropout)
+    template = config.data.template or adapters.template(config.model.adapter)
+    tokenizer = data.Tokenizer.load(config.model.directory, template=None if template is None else str(template))
     train, evaluation = data.load(config.data, tokenizer, config.train.seed)
     for dataset in (train, evaluation):
         if dataset is not None:
@@ -98,7 +101,7 @@ def rows(job: Job, directory: Path, isa: str, threads: int) -> list[tuple[str, s
         ("experts", where),
         *([("storage", str(job.storage))] if job.storage else []),
         ("the rest", f"{_weights(job.config.model)}, on the device"),
-        *([("adapter", f"goes on from {job.config.model.adapter}, with its targets and ranks")]
+        *([("adapter", f"goes on from {job.config.model.adapter}, with its targets, ranks and scales")]
           if job.config.model.adapter is not None else []),
         ("data", _describe(job.train.report)),
     ]

@@ -74,7 +74,7 @@ def load(
     env.check()
     with Checkpoint(directory) as checkpoint:
         config = ModelConfig.from_json(checkpoint.config_json, str(checkpoint.config_path))
-        tokenizer = _tokenizer(checkpoint.directory, config, template or _template(adapter))
+        tokenizer = _tokenizer(checkpoint.directory, config, template or adapters.template(adapter))
         base = adapters.identify(checkpoint)
         spec, lora, hosted = _adapter(adapter, linears(config), base, experts_home, experts == "host")
         params = load_params(checkpoint, config, abstract_params(config, dtype, experts), weights, progress=progress)
@@ -220,12 +220,6 @@ def _logits(transformer: Transformer, variables: dict, tokens: jax.Array) -> jax
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape[:2])
     hidden = transformer.apply(variables, tokens, positions, jnp.ones_like(positions))
     return unembed(variables["params"], hidden)
-
-
-def _template(adapter) -> Path | None:
-    """The chat template that an adapter was trained with."""
-    path = Path(adapter) / adapters.TEMPLATE if adapter is not None else None
-    return path if path is not None and path.is_file() else None
 
 
 def _tokenizer(directory: Path, config: ModelConfig, template: str | os.PathLike | None) -> Tokenizer | None:

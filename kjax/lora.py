@@ -1,5 +1,6 @@
 """Low-rank adapters: what they are and are attached to, how large each is, how they start, what they cost in memory."""
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Mapping
@@ -65,6 +66,9 @@ class LoraSpec:
     @property
     def paths(self) -> tuple[str, ...]:
         return tuple(path for path, _ in self.entries)
+
+    def with_dropout(self, rate: float) -> "LoraSpec":
+        return LoraSpec(tuple((path, dataclasses.replace(adapter, dropout=rate)) for path, adapter in self.entries))
 
 
 def group(path: str) -> str:
