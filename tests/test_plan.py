@@ -4,11 +4,14 @@ import gzip
 import json
 import math
 import re
+import types
 
 import pytest
 
 from kjax import gin_config, plan
 from kjax.errors import CheckpointError
+from kjax.planning import advice
+from kjax.planning.report import Row
 from kjax.startup import CONTEXT
 
 ITEMSIZE = {"F8_E4M3": 1, "BF16": 2, "F32": 4, "F16": 2}
@@ -131,11 +134,30 @@ def test_what_does_not_fit_on_the_device_names_a_true_knob(tiny):
     assert "use a GPU with more memory" in hopeless.problems[0]
 
 
+@pytest.mark.parametrize("host, device, says", [
+    (500, 48, r"It fits the device with Model.weights = '8bit'\. It fits main memory .*INT4 experts take 367.9 GB"),
+    (300, 48, r"It fits the device with Model.weights = '8bit'\. No setting makes it fit main memory: use a machine"),
+    (500, 4, r"No setting makes it fit the device: use a GPU .*\. It fits main memory .*INT4 experts"),
+    (900, 4, r"needed, .* for JAX\. No setting makes it fit the device: use a GPU with more memory$"),
+])  # fmt: skip
+def test_each_memory_has_its_own_way_out(host, device, says):
+    """Made-up needs: 654 GB of experts, and device memory that depends on the form of the other weights alone."""
+    sizes = types.SimpleNamespace(experts=654e9, hosted=True, expert_parameters=654e9)
+
+    def replan(config, on):
+        needed = {"full": 60e9, "8bit": 30e9, "nf4": 20e9}[config.model.weights]
+        return sizes, [Row("all else", 10e9)], [Row("routed experts", 654e9)], [Row("weights", needed)]
+
+    found, = advice.problems(settings("config.json"), plan.Machine(int(host * 1e9), int(device * 1e9), 0.9), replan)
+    assert re.search(says, found), found
+
+
 def test_what_does_not_fit_in_main_memory_names_a_true_knob(tiny, shared_data):
     full = plan.plan(settings(shared_data / "configs" / "deepseek_r1.json", "Train.micro_rows=1"),
                      plan.Machine(int(500e9), int(80e9), 0.75))
-    assert re.search(r"the experts take 654.1 GB .* would be read from disk in each step. It fits with a checkpoint of "
-                     r"fewer bits: INT4 experts take 367.8 GB", full.problems[0])
+    assert re.search(r"the experts take 654.1 GB .* would be read from disk in each step. It fits main memory "
+                     r"with a checkpoint of fewer bits: INT4 experts take 367.8 GB .`kjax quantize --format int4`",
+                     full.problems[0])
     on = plan.Machine(int(1.6e9), int(80e9), 0.75)
     many = ("Model.stash_gb=4", "Train.rows_per_step=1024")
     changes = knob(plan.plan(settings(tiny, *many), on).problems[0])

@@ -29,16 +29,40 @@ def problems(config: Config, on: Machine, replan: Replan) -> list[str]:
         if not _lacks(replan(config, wider := dataclasses.replace(on, share=MOST)), wider):
             return [f"{'; '.join(lacks)}. It fits with {FRACTION}={MOST} in the environment"]
 
-    def fits(change: Change) -> bool:
+    def needs_with(change: Change):
         try:
-            return not _lacks(replan(_changed(config, change), on), on)
+            return replan(_changed(config, change), on)
         except ConfigError:  # settings that exclude each other
-            return False
+            return None
+
+    def fits(change: Change) -> bool:
+        return (found := needs_with(change)) is not None and not _lacks(found, on)
 
     experts = needs[0].experts * needs[0].hosted
     change = None if experts > on.host else _first(_steps(config), fits)
-    way_out = _hopeless(needs, on) if change is None else f"It fits with {_named(change)}"
+    way_out = _apart(config, needs, on, needs_with) if change is None else f"It fits with {_named(change)}"
     return [f"{'; '.join(lacks)}. {way_out}"]
+
+
+def _apart(config: Config, needs, on: Machine, needs_with) -> str:
+    """Where no settings make all of it fit: what helps each memory."""
+    found = []
+    if _short(needs[3], on):
+        change = _first(_steps(config), lambda c: (less := needs_with(c)) is not None and not _short(less[3], on))
+        if change is None:
+            found.append("No setting makes it fit the device: use a GPU with more memory")
+        else:
+            needs = needs_with(change)
+            found.append(f"It fits the device with {_named(change)}")
+    sizes, host, cache, _ = needs
+    if total(host) + total(cache) > on.host:
+        smaller = sizes.expert_parameters * 0.5625  # INT4 in groups of 32 with bf16 scales: 4.5 bits
+        if sizes.experts > smaller and total(host) - _experts(host) + smaller <= on.host:
+            found.append(f"It fits main memory with a checkpoint of fewer bits: INT4 experts take {size(smaller)} "
+                         "(`kjax quantize --format int4` makes one)")
+        else:
+            found.append("No setting makes it fit main memory: use a machine with more memory")
+    return ". ".join(found)
 
 
 def _first(steps: list[Change], fits: Callable[[Change], bool]) -> Change | None:
@@ -109,17 +133,6 @@ def _changed(config: Config, change: Change) -> Config:
 
 def _named(change: Change) -> str:
     return ", ".join(f"{group.capitalize()}.{name} = {value!r}" for (group, name), value in change.items())
-
-
-def _hopeless(needs, on: Machine) -> str:
-    sizes, host, cache, device = needs
-    if _short(device, on):
-        return "No setting makes it fit: use a GPU with more memory"
-    smaller = sizes.expert_parameters * 0.5625  # INT4 in groups of 32 with bf16 scales: 4.5 bits
-    if sizes.experts > smaller and total(host) - _experts(host) + smaller <= on.host:
-        return (f"It fits with a checkpoint of fewer bits: INT4 experts take {size(smaller)} "
-                "(`kjax quantize --to int4` makes one)")
-    return "No setting makes it fit: use a machine with more memory"
 
 
 def _experts(rows: list[Row]) -> float:

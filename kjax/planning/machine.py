@@ -8,8 +8,8 @@ from pathlib import Path
 
 import jax
 
-from kjax import env
 from kjax.errors import ConfigError
+from kjax.offload import storage
 from kjax.startup import CONTEXT, DEVICE_SHARE, FRACTION
 
 JAX_SHARE = 0.75  # of a GPU that JAX takes where nothing says otherwise
@@ -122,8 +122,7 @@ def _share() -> float:
 
 
 def _here(measure: bool, described: bool) -> Machine:
-    memory = env.memory(Path("/"))
-    host = min(memory["available"], memory["limit"] or memory["available"])
+    host, _ = storage.available()
     device = None
     if not described and jax.default_backend() != "cpu":
         limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
