@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -40,6 +41,8 @@ AdapterCall::AdapterCall(Call& call, const AdapterSetting& setting, AdapterArray
     : store_(find_store(call.store)), layer_(call.layer), arrays_(arrays) {
   if (setting.scales.size() != kProjections)
     throw std::invalid_argument("kjax experts: the adapters' scales must be three numbers");
+  if (!(setting.dropout >= 0 && setting.dropout < 1))
+    throw std::invalid_argument(text("kjax experts: dropout ", setting.dropout, " is not in [0, 1)"));
   if (setting.host >= 0) {
     host_ = find_host_adapters(setting.host);
     adapters_ = host_->of_layer(*store_, call.layer);
@@ -48,7 +51,8 @@ AdapterCall::AdapterCall(Call& call, const AdapterSetting& setting, AdapterArray
   for (int p = 0; p < kProjections; ++p) {
     Factors& f = adapters_.of[p];
     f.scale = setting.scales[p];
-    if (host_ || f.scale == 0) continue;
+    if (f.rank && std::isnan(f.scale)) throw std::invalid_argument("kjax experts: an adapter on the host without a scale");
+    if (host_ || std::isnan(f.scale)) continue;
     const Tensor a = arrays.operand(next++), b = arrays.operand(next++);
     f.rank = a.shape.size() == 3 ? a.shape[1] : 1;
     if (f.rank < 1) throw std::invalid_argument("kjax experts: lora_A has rank 0");
@@ -58,35 +62,33 @@ AdapterCall::AdapterCall(Call& call, const AdapterSetting& setting, AdapterArray
     f.b = static_cast<const float*>(b.data);
   }
   if (setting.dropout > 0) {
-    const Tensor seed = arrays.operand(next);
+    const Tensor seed = arrays.operand(next++);
     check("the seed of dropout", seed, Tensor::Type::kUint32, std::array<int64_t, 1>{2});
     adapters_.dropout = setting.dropout;
     std::copy_n(static_cast<const uint32_t*>(seed.data), 2, adapters_.seed);
   }
+  if (arrays.operand_count() != next)
+    throw std::invalid_argument(text("kjax experts: ", arrays.operand_count(), " arrays for the adapters instead of ", next));
   call.adapters = &adapters_;
 }
 
 AdapterGradients AdapterCall::gradients() {
-  if (host_) {
-    const AdapterGradients gradients = host_->gradients_of_layer(layer_);
-    grown_ = arrays_.result(0, {});
-    squares_ = gradients.squares;
-    before_ = *squares_;
-    return gradients;
-  }
   AdapterGradients gradients;
-  gradients.fresh = true;
   size_t next = 0;
-  for (int p = 0; p < kProjections; ++p)
-    if (const int64_t rank = adapters_.of[p].rank) {
-      gradients.a[p] = arrays_.result(next++, shape_of_a(*store_, p, rank));
-      gradients.b[p] = arrays_.result(next++, shape_of_b(*store_, p, rank));
-    }
+  if (host_) {
+    gradients = host_->gradients_of_layer(layer_);
+    gradients.grown = arrays_.result(next++, {});
+  } else {
+    gradients.fresh = true;
+    for (int p = 0; p < kProjections; ++p)
+      if (const int64_t rank = adapters_.of[p].rank) {
+        gradients.a[p] = arrays_.result(next++, shape_of_a(*store_, p, rank));
+        gradients.b[p] = arrays_.result(next++, shape_of_b(*store_, p, rank));
+      }
+  }
+  if (arrays_.result_count() != next)
+    throw std::invalid_argument(text("kjax experts: ", arrays_.result_count(), " results of the adapters instead of ", next));
   return gradients;
-}
-
-void AdapterCall::finish() {
-  if (host_) *grown_ = static_cast<float>(*squares_ - before_);
 }
 
 }  // namespace kjax

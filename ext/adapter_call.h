@@ -26,6 +26,8 @@ class AdapterArrays {
  public:
   virtual Tensor operand(size_t i) const = 0;  // throws where there are fewer
   virtual float* result(size_t i, std::span<const int64_t> shape) = 0;  // fp32 of this shape, not cleared
+  virtual size_t operand_count() const = 0;
+  virtual size_t result_count() const = 0;  // of those that are made when asked for: so far
 
  protected:
   ~AdapterArrays() = default;
@@ -33,8 +35,8 @@ class AdapterArrays {
 
 // What a call says of adapters beside arrays.
 struct AdapterSetting {
-  std::span<const float> scales;  // per projection; 0: no adapter, unless they stay on the host
-  double dropout;
+  std::span<const float> scales;  // per projection; NaN: no adapter
+  double dropout;                 // below 1; 0: no seed among the operands
   int64_t host;  // the handle of adapters that stay on the host, or -1
 };
 
@@ -44,21 +46,15 @@ class AdapterCall {
   AdapterCall(Call& call, const AdapterSetting& setting, AdapterArrays& arrays);
   AdapterCall(const AdapterCall&) = delete;
 
-  // Where the backward call adds or leaves the gradients: in the results, or beside the factors on the host.
+  // Where the backward call adds or leaves the gradients: in the results, or beside the factors on the host, where the
+  // result is by how much the call has made the sum of the squares of the layer's gradients grow.
   AdapterGradients gradients();
-  // After the backward call; of adapters on the host the result is by how much it has made the sum of the squares of
-  // the layer's gradients grow.
-  void finish();
-
  private:
   const std::shared_ptr<const Store> store_;
   const int64_t layer_;
   AdapterArrays& arrays_;
   Adapters adapters_;
   std::shared_ptr<HostAdapters> host_;
-  float* grown_ = nullptr;
-  const double* squares_ = nullptr;
-  double before_ = 0;
 };
 
 }  // namespace kjax

@@ -30,6 +30,8 @@ Adapters HostAdapters::of_layer(const Store& store, int64_t layer) const {
   if (layers != store.layers || experts != store.experts || width != store.width || hidden != store.hidden)
     throw std::invalid_argument(text("expert adapters of ", layers, " layers x ", experts, " experts, ", width, " x ",
                                      hidden, " do not belong to expert store ", store.id));
+  if (layer < 0 || layer >= layers)
+    throw std::invalid_argument(text("expert adapters: layer ", layer, " is not in 0..", layers - 1));
   store.check_layer(static_cast<int>(layer));
   Adapters out;
   for (int p = 0; p < kProjections; ++p) {
@@ -70,7 +72,7 @@ void bind_host_adapters(int id, std::shared_ptr<HostAdapters> adapters) {
 
 std::shared_ptr<HostAdapters> find_host_adapters(int64_t id) {
   std::lock_guard lock(mutex);
-  const auto found = bound.find(static_cast<int>(id));
+  const auto found = id < next_id ? bound.find(static_cast<int>(id)) : bound.end();
   if (found == bound.end()) throw std::invalid_argument(text("expert adapters ", id, " are closed"));
   if (!found->second)
     throw std::invalid_argument(text("expert adapters ", id, ": no arrays are bound; run inside HostLora.bound()"));

@@ -31,6 +31,7 @@ struct AdapterGradients {
   float* b[kProjections] = {};
   bool fresh = false;         // they replace what is there; otherwise they are added to it
   double* squares = nullptr;  // if not null, becomes the sum of the squares of them all
+  float* grown = nullptr;     // beside squares: by how much the call has made it grow
 };
 
 // Zeroes the gradients of one expert.

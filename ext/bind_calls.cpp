@@ -60,14 +60,17 @@ class Arrays : public AdapterArrays {
   }
   float* result(size_t, std::span<const int64_t> shape) override {
     const Fresh made = fresh(nb::dtype<float>(), {shape.begin(), shape.end()});
-    results.append(made.array);
+    made_.append(made.array);
     return static_cast<float*>(made.data);
   }
+  size_t operand_count() const override { return operands_.size(); }
+  size_t result_count() const override { return made_.size(); }
+  const nb::list& made() const { return made_; }
 
   std::optional<AdapterCall> adapters;
-  nb::list results;
 
  private:
+  nb::list made_;
   std::vector<Array> operands_;
   std::vector<float> scales_;
   double dropout_ = 0;
@@ -99,8 +102,7 @@ nb::object backward(int64_t store, int64_t layer, int32_t slip, const Array& x, 
     nb::gil_scoped_release release;
     experts_backward(call, slip, cotangent, dx.data, static_cast<float*>(dgate.data), gradients);
   }
-  if (arrays.adapters) arrays.adapters->finish();
-  return nb::make_tuple(dx.array, dgate.array, arrays.results);
+  return nb::make_tuple(dx.array, dgate.array, arrays.made());
 }
 
 size_t set_stash_budget(std::optional<int64_t> bytes) {
@@ -125,6 +127,7 @@ void bind_calls(nb::module_& m) {
     nb::dict out;
     out["entries"] = s.entries;
     out["bytes"] = s.bytes;
+    out["spare"] = s.spare;
     out["hits"] = s.hits;
     out["misses"] = s.misses;
     out["evicted"] = s.evicted;

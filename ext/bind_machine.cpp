@@ -35,7 +35,8 @@ nb::dict isa() {
 nb::object host_memory(size_t bytes, int node) {
   if (node < 0 || node >= static_cast<int>(nodes().size())) throw std::invalid_argument(text("there is no node ", node));
   auto memory = std::make_unique<Memory>(bytes);
-  const std::string refused = prefer_node(memory->data(), memory->size(), nodes()[node]);
+  // Less than a huge page lies on pages of the heap, which belong to others too.
+  const std::string refused = memory->huge() ? prefer_node(memory->data(), memory->size(), nodes()[node]) : "";
   void* const data = memory->data();
   nb::capsule owner(memory.release(), [](void* p) noexcept { delete static_cast<Memory*>(p); });
   nb::ndarray<nb::numpy> array(data, {bytes}, owner, {}, nb::dtype<uint8_t>());

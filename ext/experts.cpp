@@ -6,6 +6,7 @@
 #include <chrono>
 #include <span>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -150,12 +151,15 @@ void experts_backward(const Call& call, int32_t slip, const void* dy, void* dx, 
                 std::byte{0});
     std::fill_n(dgate, call.tokens * call.per_token, 0.0f);
     for (int e = 0; gradients.fresh && e < store->experts; ++e) clear(gradients, *call.adapters, *store, e);
+    if (gradients.grown) *gradients.grown = 0;
     return;
   }
   backward_pass(call, *store, kernels, space, turn, kept ? kept->memory.data() : nullptr, dy, dx, dgate,
                 gradients);
   if (kept) stash_recycle(std::move(*kept));
-  if (gradients.squares) *gradients.squares = squares(turn, space, call, *store, gradients);
+  if (!gradients.squares) return;
+  const double before = std::exchange(*gradients.squares, squares(turn, space, call, *store, gradients));
+  *gradients.grown = static_cast<float>(*gradients.squares - before);
 }
 
 }  // namespace kjax

@@ -96,6 +96,8 @@ class Arrays : public AdapterArrays {
       refuse("the adapters' results", "float32, a gradient like each factor or one number");
     return static_cast<float*>(const_cast<void*>(given.data));
   }
+  size_t operand_count() const override { return operands_.size(); }
+  size_t result_count() const override { return results_->size(); }
 
  private:
   const ffi::RemainingArgs& operands_;
@@ -133,7 +135,6 @@ ffi::Error backward(int64_t store, ffi::Span<const float> scales, double dropout
     const AdapterGradients gradients = adapters.gradients();
     experts_backward(call, scalar("slip", slip), dy.untyped_data(), dx->untyped_data(), dgate->typed_data<float>(),
                      gradients);
-    adapters.finish();
   });
 }
 

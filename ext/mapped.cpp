@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -19,7 +20,7 @@ namespace kjax {
 
 // Nodes of the list are never freed, because a handler may be walking it; a closed file's node serves another one.
 struct Range {
-  std::atomic<uintptr_t> begin{0}, end{0};  // whole pages; 0, 0: free
+  std::atomic<uintptr_t> begin{0}, end{0};  // whole pages; no end: free
   std::atomic<uintptr_t> lost{0};           // from here on to `end` zeros stand in; 0: nothing lost
   Range* next = nullptr;
   std::string path;
@@ -81,10 +82,14 @@ MappedFile::MappedFile(const std::string& path) {
   if (file < 0) fail("cannot be opened");
   struct stat status;
   void* data = MAP_FAILED;
-  if (fstat(file, &status) == 0 && status.st_size > 0)
-    data = mmap(nullptr, static_cast<size_t>(status.st_size), PROT_READ, MAP_SHARED, file, 0);
+  if (fstat(file, &status) == 0) {
+    errno = EINVAL;  // of an empty file, as mmap would say
+    if (status.st_size > 0) data = mmap(nullptr, static_cast<size_t>(status.st_size), PROT_READ, MAP_SHARED, file, 0);
+  }
   if (data == MAP_FAILED) {
+    const int error = errno;
     close(file);
+    errno = error;
     fail("cannot be mapped");
   }
   range_ = ranges.load();
@@ -104,11 +109,10 @@ MappedFile::MappedFile(const std::string& path) {
 MappedFile::~MappedFile() {
   std::lock_guard lock(mutex);
   const uintptr_t begin = range_->begin.load(), end = range_->end.load();
-  range_->begin.store(0);
+  range_->end.store(0);  // first: with another begin the range would hold addresses of others
   range_->lost.store(0);
   close(range_->file);
   munmap(reinterpret_cast<void*>(begin), end - begin);
-  range_->end.store(0);
 }
 
 const uint8_t* MappedFile::data() const { return reinterpret_cast<const uint8_t*>(range_->begin.load()); }
@@ -144,14 +148,19 @@ void require_files() {
     problems += text(problems.empty() ? "" : "; ", range->path, ": cannot be read at byte ", lost - begin, ": ",
                      now < range->size ? text("it has ", now, " bytes now and had ", range->size, " when it was opened")
                                        : std::string("its disk fails"));
-    mmap(reinterpret_cast<void*>(lost), end - lost, PROT_READ, MAP_SHARED | MAP_FIXED, range->file,
-         static_cast<off_t>(lost - begin));
+    if (mmap(reinterpret_cast<void*>(lost), end - lost, PROT_READ, MAP_SHARED | MAP_FIXED, range->file,
+             static_cast<off_t>(lost - begin)) != MAP_FAILED)
+      continue;
+    // The file is beyond mapping (another one took its place on a server, say): zeros again, and no call goes by them.
+    mmap(reinterpret_cast<void*>(lost), end - lost, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+    range->lost.store(lost);
+    any_lost.store(true);
   }
   if (!problems.empty()) throw FileLost(problems + "; put the file back as it was and go on");
 }
 
 void read_ahead(const uint8_t* data, size_t bytes) {
-#if defined(__linux__) && defined(RWF_NOWAIT)
+#if defined(__linux__)
   const uintptr_t at = reinterpret_cast<uintptr_t>(data);
   const Range* const range = range_of(at);
   if (!range) return;  // resident memory

@@ -23,16 +23,20 @@ class Memory {
     return *this;
   }
 
-  // At least `bytes` bytes, aligned to 64 or a huge page; what was there before is lost when it grows.
+  // The size of memory for `bytes` bytes: whole cache lines, or whole huge pages from one of them on.
+  static constexpr size_t whole(size_t bytes) {
+    const size_t unit = bytes > kHugePage - kCacheLine ? kHugePage : kCacheLine;
+    return (bytes + unit - 1) / unit * unit;
+  }
+  // At least `bytes` bytes, aligned to a cache line or a huge page; what was there before is lost when it grows.
   void grow(size_t bytes) {
     if (bytes <= size_) return;
     release();
-    const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
-    const size_t whole = (bytes + alignment - 1) / alignment * alignment;
-    if (whole < bytes) throw std::bad_alloc();
-    data_ = static_cast<std::byte*>(alignment == kHugePage ? map(whole) : std::aligned_alloc(alignment, whole));
+    const size_t size = whole(bytes);
+    if (size < bytes) throw std::bad_alloc();
+    data_ = static_cast<std::byte*>(size >= kHugePage ? map(size) : std::aligned_alloc(kCacheLine, size));
     if (!data_) throw std::bad_alloc();
-    size_ = whole;
+    size_ = size;
   }
   void release() {
     if (!data_) return;
@@ -43,9 +47,10 @@ class Memory {
   }
   std::byte* data() const { return data_; }
   size_t size() const { return size_; }
+  bool huge() const { return size_ >= kHugePage; }  // a mapping of its own
 
  private:
-  static constexpr size_t kHugePage = size_t{2} << 20;
+  static constexpr size_t kHugePage = size_t{2} << 20, kCacheLine = 64;
 #if defined(KJAX_MAPS_MEMORY)
   // A mapping one huge page longer than asked for, cut to whole ones.
   static void* map(size_t bytes) {

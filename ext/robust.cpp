@@ -1,7 +1,7 @@
 // What the self-test does not look at: every decode over random bytes, shapes and places between unmapped pages; memory
 // refused at each single allocation; no allocation in a steady call, and how much first calls allocate; experts read by
-// threads of their memory node; calls and closings from several threads at once.
-//   kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | memory | nodes | together [SECONDS]
+// threads of their memory node; mapped files that are cold or lost; calls and closings from several threads at once.
+//   kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | memory | nodes | files | together [SECONDS]
 // Exit status 1 and a line that says how to repeat it when something is wrong. Meant for builds with sanitizers too.
 #include <sys/wait.h>
 #include <unistd.h>
@@ -87,6 +87,8 @@ struct Example : AdapterArrays {
   }
   Tensor operand(size_t) const override { throw std::invalid_argument("no factors are operands"); }
   float* result(size_t, std::span<const int64_t>) override { return &grown; }
+  size_t operand_count() const override { return 0; }
+  size_t result_count() const override { return 1; }
 
   // The bits of y, of the gradients from the stash, and of those computed again.
   uint64_t results() {
@@ -109,7 +111,6 @@ struct Example : AdapterArrays {
     for (int i = 0; i < 2; ++i) {
       experts_backward(call, slip, x.data(), dx.data(), dgate.data(),
                        adapters ? adapters->gradients() : AdapterGradients{});
-      if (adapters) adapters->finish();
       add(dx);
       add(dgate);
     }
@@ -263,8 +264,10 @@ int main(int argc, char** argv) {
   if (what == "steady") return steady();
   if (what == "memory") return memory();
   if (what == "nodes") return nodes_first();
+  if (what == "files") return files();
   if (what == "together") return together(argc > 2 ? std::atof(argv[2]) : 5);
-  std::fputs("kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | memory | nodes | together [SECONDS]\n", stderr);
+  std::fputs("kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | memory | nodes | files | together [SECONDS]\n",
+             stderr);
   return 2;
 }
 

@@ -78,5 +78,6 @@ inline void fill(Format format, uint8_t* codes, int64_t bytes, uint8_t* scales, 
 int fuzz(double seconds, uint64_t seed);
 // robust_nodes.cpp: which threads read which experts; the exit status.
 int nodes_first();
+int files();
 
 }  // namespace kjax

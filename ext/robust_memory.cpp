@@ -10,6 +10,7 @@
 
 namespace kjax {
 std::atomic<int64_t> allocations{0}, held{0}, most_held{0}, refuse_at{-1};
+std::atomic<bool> refuse_files{false};
 }
 
 namespace {
@@ -38,7 +39,7 @@ void __wrap_free(void* memory) {
   __real_free(memory);
 }
 void* __wrap_mmap(void* at, size_t size, int protection, int flags, int file, off_t offset) {
-  if (refused()) return MAP_FAILED;
+  if (refused() || (file >= 0 && kjax::refuse_files)) return MAP_FAILED;
   void* const memory = __real_mmap(at, size, protection, flags, file, offset);
   if (memory != MAP_FAILED) hold(static_cast<int64_t>(size));
   return memory;

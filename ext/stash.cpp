@@ -78,9 +78,10 @@ std::optional<Activations> stash_room(size_t bytes) {
   std::lock_guard lock(mutex);
   if (bytes > budget) return std::nullopt;
   Activations room;
+  const size_t whole = Memory::whole(bytes);
   for (auto it = spare.begin(); it != spare.end(); ++it)
-    if (it->memory.size() >= bytes &&
-        it->memory.size() <= bytes + bytes / 4) {  // a much larger one would waste the budget
+    // A much larger one would waste the budget.
+    if (it->memory.size() >= whole && it->memory.size() <= whole + whole / 4) {
       room = std::move(*it);
       spare_held -= room.memory.size();
       spare.erase(it);
@@ -140,7 +141,12 @@ void stash_set_budget(size_t bytes) {
 
 StashStats stash_stats() {
   std::lock_guard lock(mutex);
-  return {static_cast<int64_t>(entries.size()), static_cast<int64_t>(held), hits, misses, evicted};
+  return {static_cast<int64_t>(entries.size()),
+          static_cast<int64_t>(held),
+          static_cast<int64_t>(spare_held),
+          hits,
+          misses,
+          evicted};
 }
 
 void stash_clear(std::optional<int> store) {

@@ -25,7 +25,7 @@ struct Activations {
 };
 
 struct StashStats {
-  int64_t entries, bytes, hits, misses, evicted;
+  int64_t entries, bytes, spare, hits, misses, evicted;
 };
 
 // Room for `bytes`, or nothing where the whole budget is smaller; old entries leave when it is put, not before.

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import experts_cases as cases
@@ -276,6 +277,73 @@ def test_bits_do_not_depend_on_threads():
     ("auto", True, False), ("device", True, False), ("host", True, True), ("auto", False, False)])
 def test_where_adapters_stay_on_the_cpu_backend(home, stored, expected):
     assert on_host(home, True, stored) == expected and not on_host(home, False, stored)
+
+
+@pytest.mark.parametrize("transport", ["ffi", "pure_callback"])
+def test_a_scale_of_zero_takes_no_other_factors(transport):
+    """Gate and up have equal shapes: the factors of one must not pass for the other's."""
+    weights, x, idx, gate, dy = cases.problem(np.random.default_rng(0))
+    made = factors(np.random.default_rng(1), weights, dict(gate_proj=3, up_proj=3))
+    with cases.store(weights, transport) as store:
+        def found(gate_scale):
+            lora = lambda made: ExpertLora(made, scales=(("gate_proj", gate_scale), ("up_proj", 1.5)))  # noqa: E731
+            return jax.value_and_grad(lambda made: jnp.vdot(host_experts(store, LAYER, x, idx, gate, lora(made)), dy))(
+                {name: (a[LAYER], b[LAYER]) for name, (a, b) in made.items()})
+        (zero, of_zero), (tiny, of_tiny) = found(0.0), found(1e-30)
+    assert zero == tiny
+    for name in made:
+        for a, b in zip(of_zero[name], of_tiny[name], strict=True):
+            assert np.array_equal(a, np.where(np.abs(b) < 1e-20, 0, b))
+
+
+def test_what_a_call_says_of_adapters_is_checked():
+    weights, x, idx, gate, _ = cases.problem(np.random.default_rng(0))
+    (a, b), = factors(np.random.default_rng(1), weights, dict(gate_proj=3)).values()
+    nan = float("nan")
+    with cases.store(weights) as store:
+        def call(arrays, scales, dropout=0.0, host=-1, layer=LAYER):
+            return _ext.forward(store.id, layer, x, idx, gate, False, (arrays, scales, dropout, host))
+        call([a[LAYER], b[LAYER]], [1.0, nan, nan])
+        for message, arguments in {
+            "3 arrays for the adapters instead of 2": ([a[LAYER], b[LAYER], b[LAYER]], [1.0, nan, nan]),
+            "too few arrays": ([a[LAYER], b[LAYER]], [1.0, 0.0, nan]),
+            "dropout 1 is not in": ([a[LAYER], b[LAYER], np.zeros(2, np.uint32)], [1.0, nan, nan], 1.0),
+            "dropout nan is not in": ([a[LAYER], b[LAYER], np.zeros(2, np.uint32)], [1.0, nan, nan], nan),
+            "expert adapters 4294967296 are closed": ([], [1.0, nan, nan], 0.0, 2**32),
+        }.items():
+            with pytest.raises(ValueError, match=message):
+                call(*arguments)
+        host = HostLora(store)
+        with host.bound({"gate_proj": {"lora_A": a, "lora_B": b}}):
+            call([], [1.0, nan, nan], 0.0, host.id)
+            for message, changed in {"layer 4294967296 is not in": dict(layer=2**32), "without a scale": dict(
+                    scales=[nan, 1.0, nan]), "closed": dict(host=2**32 + host.id)}.items():
+                with pytest.raises(ValueError, match=message):
+                    call([], **dict(scales=[1.0, nan, nan], host=host.id) | changed)
+
+
+def test_the_growth_of_squares_is_each_call_s_own():
+    """Two calls of a layer at once, from threads that start together."""
+    rng = np.random.default_rng(8)
+    weights, x, idx, gate, dy = cases.problem(rng, n=256, d=128, f=128)
+    made = factors(rng, weights, dict(up_proj=8))
+    tree = {name: {"lora_A": a, "lora_B": b} for name, (a, b) in made.items()}
+    with cases.store(weights) as store:
+        host = HostLora(store)
+        for _ in range(5):
+            with host.bound(tree, gradients=True):
+                start, grown = threading.Barrier(2), []
+                def call():
+                    start.wait()  # noqa: B023
+                    given = ([], [float("nan"), 1.0, float("nan")], 0.0, host.id)
+                    grown.append(_ext.backward(store.id, LAYER, 0, x, idx, gate, dy, given)[2][0])  # noqa: B023
+                threads = [threading.Thread(target=call) for _ in range(2)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            total = sum(float(np.square(a, dtype=np.float64).sum()) for a in jax.tree.leaves(host.gradients))
+            assert abs(sum(map(float, grown)) / total - 1) < 1e-6
 
 
 def test_factors_of_the_wrong_shape_are_refused():

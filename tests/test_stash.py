@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kjax import _ext
-from kjax.offload import experts_ref, host_experts, stash
+from kjax.offload import experts_ref, host_experts, stash, storage
 from kjax.offload.experts import SAVED
 
 N, D, F = 11, 24, 20
@@ -162,3 +162,19 @@ def test_stash_entry_of_another_routing_is_a_miss(made):
     want, *_ = _ext.backward(store.id, 0, 0, x, other, gate, dy)
     assert np.array_equal(dx, want)
     assert store.stats()["recomputed"] == 2
+
+
+def test_the_budget_is_of_what_a_control_group_leaves(monkeypatch):
+    monkeypatch.setattr(storage, "available", lambda: (8_000_000, "are left"))
+    assert stash.set_budget() == 2_000_000
+
+
+def test_memory_for_later_entries_is_used_again():
+    """Also where its size is just above whole huge pages: 384 routes x 1408 x 2 numbers of fp32 are 4.1 MiB."""
+    weights, x, idx, gate, dy = cases.problem(np.random.default_rng(0), n=192, k=2, d=16, f=1408, holes=0)
+    spare = []
+    with cases.store(weights) as store:
+        for _ in range(4):
+            jax.vjp(lambda x: host_experts(store, 0, x, idx, gate), x)[1](dy)
+            spare.append(stash.stats()["spare"])
+    assert spare[0] > 0 and spare == spare[:1] * 4

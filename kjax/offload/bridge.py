@@ -59,7 +59,7 @@ def _backward_on_host(layer, slip, x, idx, gate, dy, *more, store, **setting):
 def _setting(lora: ExpertLora | None) -> dict:
     """What a call says of adapters beside arrays: the attributes of the FFI handlers."""
     scales = dict(lora.scales) if lora else {}
-    return {"scales": np.array([scales.get(name, 0.0) for name in PROJECTIONS], np.float32),
+    return {"scales": np.array([scales.get(name, np.nan) for name in PROJECTIONS], np.float32),  # NaN: no adapter
             "dropout": np.float64(lora.dropout if lora and lora.seed is not None else 0.0),
             "host": np.int64(lora.host.id if lora and lora.host else -1)}
 
@@ -69,12 +69,12 @@ def _operands(lora: ExpertLora | None) -> list:
     if lora is None:
         return []
     factors = [factor for name in PROJECTIONS for factor in lora.factors.get(name, ())]
-    return factors + ([] if lora.seed is None else [lora.seed])
+    return factors + ([lora.seed] if lora.seed is not None and lora.dropout else [])
 
 
 def _adapters(more, *, scales, dropout, host):
     """The arrays and attributes of a call as the kernels take them."""
-    if not scales.any():
+    if np.isnan(scales).all():
         return None
     return [np.asarray(array) for array in more], scales.tolist(), float(dropout), int(host)
 

@@ -5,21 +5,20 @@ activations there, 2*F numbers per route, under a slip that only its own backwar
 oldest leave when the budget is full, and a backward that misses recomputes them from x with equal bits.
 """
 
-import psutil
-
 from kjax import _ext
+from kjax.offload import storage
 
 FREE_SHARE = 0.25  # of free memory, unless a run's plan or the user says otherwise
 
 
 def set_budget(gigabytes: float | None = None) -> int:
     """Set the budget (None: a quarter of what is free now) and return it in bytes; 0 keeps nothing."""
-    size = psutil.virtual_memory().available * FREE_SHARE if gigabytes is None else gigabytes * 1e9
+    size = storage.available()[0] * FREE_SHARE if gigabytes is None else gigabytes * 1e9
     return _ext.stash_budget(int(size))
 
 
 def stats() -> dict[str, int]:
-    """`entries` and `bytes` now held; `hits`, `misses` and `evicted` since the start."""
+    """`entries` and `bytes` now held, `spare` bytes for later ones; `hits`, `misses` and `evicted` since the start."""
     return _ext.stash_stats()
 
 

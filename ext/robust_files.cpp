@@ -1,0 +1,88 @@
+// Mapped files whose pages have to come from the disk, and one that is lost and cannot be mapped again.
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "mapped.h"
+#include "robust_data.h"
+#include "robust_memory.h"
+
+namespace kjax {
+namespace {
+
+constexpr size_t kBytes = size_t{8} << 20;
+
+// A file of its own under the working directory, gone with this.
+class File {
+ public:
+  File() {
+    descriptor_ = mkstemp(path_.data());
+    const std::vector<char> bytes(kBytes, 1);
+    if (descriptor_ < 0 || write(descriptor_, bytes.data(), kBytes) != static_cast<ssize_t>(kBytes) || fsync(descriptor_))
+      throw std::runtime_error("robust: no file can be written here");
+  }
+  ~File() {
+    close(descriptor_);
+    unlink(path_.c_str());
+  }
+  const std::string& path() const { return path_; }
+  bool shorten(size_t bytes) const { return ftruncate(descriptor_, static_cast<off_t>(bytes)) == 0; }
+  void drop() const { posix_fadvise(descriptor_, 0, 0, POSIX_FADV_DONTNEED); }
+
+ private:
+  std::string path_ = "kjax_robust_XXXXXX";
+  int descriptor_;
+};
+
+// How much of a mapping is in the page cache; asking by reading would bring it there.
+size_t cached(const MappedFile& file) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  std::vector<unsigned char> pages(kBytes / page);
+  if (mincore(const_cast<uint8_t*>(file.data()), kBytes, pages.data())) throw std::runtime_error("mincore");
+  return page * static_cast<size_t>(std::count_if(pages.begin(), pages.end(), [](unsigned char p) { return p & 1; }));
+}
+
+std::string lost() {
+  try {
+    require_files();
+  } catch (const FileLost& error) {
+    return error.what();
+  }
+  return "";
+}
+
+}  // namespace
+
+int files() {
+  const File file;
+  const MappedFile mapped(file.path());
+  watch_files();
+  file.drop();
+  const size_t before = cached(mapped);
+  read_ahead(mapped.data(), kBytes);
+  size_t after = cached(mapped);
+  for (int i = 0; i < 500 && after < kBytes; ++i, after = cached(mapped))
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  const bool good = after == kBytes;
+
+  // Lost, and refused when it is to be mapped again: every call says so, until it can be.
+  const volatile uint8_t* const last = mapped.data() + kBytes - 1;
+  bool told = file.shorten(0) && *last == 0;
+  refuse_files = true;
+  for (int call = 0; call < 2; ++call) told = told && !lost().empty() && *last == 0;
+  refuse_files = false;
+  told = told && file.shorten(kBytes) && !lost().empty() && lost().empty() && *last == 0;
+  std::printf("files: %.1f MB cached, after asking %.1f%s; a lost file that cannot be mapped again %s\n", 1e-6 * before,
+              1e-6 * after, good ? "" : ": WRONG", told ? "is told by every call" : "IS FORGOTTEN");
+  return !(good && told);
+}
+
+}  // namespace kjax
