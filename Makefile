@@ -2,16 +2,13 @@
 
 .PHONY: demo test wheel sanitize fuzz clean
 
-# Test processes side by side, each up to 4 GB; a file stays in one, so that its fixtures are made once.
-JOBS ?= 2
-
 demo:
 	@bash scripts/setup.sh run
 	@.venv/bin/python experiments/demo.py
 
 test:
 	@bash scripts/setup.sh test
-	@.venv/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@bash scripts/test.sh .venv $(ARGS)
 
 sanitize:
 	@bash scripts/sanitize.sh

@@ -59,6 +59,7 @@ for what in "${@:-address thread plain static}"; do for one in $what; do
         build plain ""
         check plain build/plain/kjax_robust steady
         check plain build/plain/kjax_robust nodes
+        check plain build/plain/kjax_robust files
         check plain KJAX_THREADS=64 build/plain/kjax_robust memory
         check plain KJAX_THREADS=3 build/plain/kjax_robust refusals
         ;;

@@ -43,11 +43,13 @@ say "Installing the dependencies and building ext/ (a few minutes the first time
 pip install -qq -e ".$extra" || die "the installation failed; the messages above say where"
 
 if [ "$extras" = test ]; then
-    torch=$("$python" -c 'import tomllib; print(next(r for r in tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["oracle"] if r.startswith("torch==")))')
+    # By their names: with the extra [oracle] pip would build ext/ once more.
+    mapfile -t oracles < <("$python" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["oracle"], sep="\n")')
+    torch=${oracles[0]}
     # The CPU build is a tenth of the default one's size: from the configured indexes, else from PyTorch's own.
     if pip install -qq "$torch+cpu" 2>/dev/null ||
        pip install -qq --retries 0 --timeout 20 --index-url https://download.pytorch.org/whl/cpu "$torch" 2>/dev/null; then
-        pip install -qq -e ".[test,oracle]" || die "the oracles could not be installed; the messages above say where"
+        pip install -qq "${oracles[@]}" || die "the oracles could not be installed; the messages above say where"
     else
         say "No CPU build of $torch for $("$python" --version): the tests that compare with it are skipped."
         pip install -qq tiktoken || die "tiktoken could not be installed; the messages above say where"

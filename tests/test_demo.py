@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+pytestmark = pytest.mark.plain_xla
+
 ROOT = Path(__file__).parents[1]
 STEPS = 40  # of the demo's 140: enough for the voice
 

@@ -8,7 +8,6 @@ import make_goldens
 import make_peft_goldens as oracle
 import numpy as np
 import pytest
-from quick_jit import quick_jit
 from test_peft_parity import GRADIENTS, STEPS, relative_error, split
 
 from kjax import lora, step
@@ -93,7 +92,7 @@ def test_gradients_equal_those_of_peft(case, request):
     for experts in ("host", "device"):
         rest, store = split(params, experts)
         transformer = Transformer(config, lora=spec_of(tree), store=store)
-        gradients = quick_jit(step.gradients(transformer, unembed, chunk=20, seed=0, dropout=False))
+        gradients = jax.jit(step.gradients(transformer, unembed, chunk=20, seed=0, dropout=False))
         ours, _, grads = jax.block_until_ready(gradients(tree, 0, rest, batch))
         if store is not None:
             store.close()
@@ -121,7 +120,7 @@ def test_steps_equal_those_of_peft(request):
     rest, store = split(params, "host")
     chosen = optimizer(oracle.OPTIMIZER[case], steps)
     transformer = Transformer(config, lora=spec_of(tree), store=store)
-    train_step = quick_jit(step.train_step(transformer, unembed, chosen, chunk=20, seed=0, dropout=False))
+    train_step = jax.jit(step.train_step(transformer, unembed, chosen, chunk=20, seed=0, dropout=False))
     state, told = step.initial_state(tree, chosen), []
     for batch in batches:
         state, metrics = train_step(state, rest, batch)

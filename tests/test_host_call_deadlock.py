@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.plain_xla
+
 SCRIPT = """
 import os, sys
 case, transport = sys.argv[1:]

@@ -16,6 +16,8 @@ from kjax.errors import ConfigError
 from kjax.offload import host_lora
 from kjax.train import train
 
+pytestmark = pytest.mark.plain_xla
+
 # One adapter besides those of the experts: each more takes seconds to compile.
 TARGETS = {"lora__targets": ("o_proj", "experts"), "lora__dropout": 0.1, "train__save_steps": 2,
            "lora__rank_pattern": {"experts.up_proj": 3}, "optimizer__clip_norm": 0.05, "optimizer__loraplus_ratio": 4.0}

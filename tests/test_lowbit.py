@@ -15,7 +15,7 @@ import quantised_cases
 import tiny
 import weights_cases
 from flax.traverse_util import flatten_dict, unflatten_dict
-from quick_jit import quick_jit
+from variant import variant
 
 import kjax
 from kjax import config, lora, lora_targets, step
@@ -131,10 +131,11 @@ def quantised(params, weights, quantization=None):
 
 
 @pytest.mark.parametrize("weights,config_json", [
-    *(pytest.param(weights, weights_cases.V3, id=f"{weights}-v3") for weights in LOW),
-    pytest.param("8bit", family_cases.content("qwen3_moe", 1), id="8bit-qwen3_moe"),
+    pytest.param("8bit", weights_cases.V3, id="8bit-v3"),
+    *(variant(weights, weights_cases.V3, id=f"{weights}-v3") for weights in LOW if weights != "8bit"),
+    variant("8bit", family_cases.content("qwen3_moe", 1), id="8bit-qwen3_moe"),
     pytest.param("nf4", GLM, id="nf4-glm4_moe"),
-    pytest.param("int4", weights_cases.V2 | {"tie_word_embeddings": True}, id="int4-v2 tied"),
+    variant("int4", weights_cases.V2 | {"tie_word_embeddings": True}, id="int4-v2 tied"),
 ])  # fmt: skip
 def test_gradients_are_those_of_the_plain_dequantised_model(weights, config_json):
     made = ModelConfig.from_json(config_json)
@@ -156,7 +157,7 @@ def test_gradients_are_those_of_the_plain_dequantised_model(weights, config_json
         total, count = step.batch_loss(model, unembed, 9, tree, params, {**batch, "tokens": rows})
         return total / count
 
-    run = quick_jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     found, expected = run(tree, table[tokens], low), run(tree, table[tokens], meant)
     # One arithmetic on equal weights; only how XLA fuses, and so contracts and orders, may differ.
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -208,7 +209,8 @@ def test_no_dequantised_weight_is_saved_for_the_backward_pass(weights):
     assert not [aval for aval in saved if aval.shape[-2:] in weights_of or aval.shape[-2:][::-1] in weights_of]
 
 
-@pytest.mark.parametrize("weights", LOW)
+@pytest.mark.plain_xla
+@pytest.mark.parametrize("weights", ["nf4", *map(variant, ("8bit", "int4"))])
 def test_compiled_memory_holds_one_layer_dequantised(weights):
     """XLA neither hoists the dequantisation out of the scan nor keeps its results: six more layers, and no more
     temporaries than the inputs and the adapter gradients of six layers, of which dequantised ones would be 20 times."""
@@ -300,7 +302,8 @@ def test_loading_in_blocks_on_either_path_gives_the_formats_bytes(tmp_path, monk
         assert_same(found["cpu"], expected)
 
 
-@pytest.mark.parametrize("weights,where", [*((weights, "host") for weights in LOW), ("nf4", "device")])
+@pytest.mark.parametrize("weights,where", [("nf4", "host"), variant("nf4", "device"), variant("8bit", "host"),
+                                           variant("int4", "host")])
 def test_a_loaded_model_computes_with_what_its_bytes_mean(tmp_path, weights, where):
     directory = write_model(tmp_path)
     tokens = np.random.default_rng(0).integers(0, 256, (2, 9))
@@ -330,6 +333,7 @@ def test_prefill_and_decode_agree_with_whole_rows(tmp_path):
             assert token == int(logits[:256 + 4].argmax())
 
 
+@pytest.mark.plain_xla
 def test_training_on_low_bit_weights_learns_and_resumes_to_the_same_bits(tmp_path):
     def run(name, **changes):
         settings = tiny.settings(tmp_path, name, **{"train__steps": 4, **changes})

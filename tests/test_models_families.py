@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from make_goldens import MARGIN, least_margin, random_params, text_model, torch_model, torch_name
-from quick_jit import quick_jit
 
 from kjax import lora, lora_targets
 from kjax.config import Lora
@@ -77,7 +76,7 @@ def kjax_results(config, spec, tree, params, tokens):
         scores = jax.nn.log_softmax(logits[:, :-1])
         return -jax.numpy.take_along_axis(scores, tokens[:, 1:, None], axis=-1).mean(), logits
 
-    gradient = quick_jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     (total, logits), grads = gradient(tree, params["embed_tokens"]["weight"], params)
     return {"logits": logits, "loss": total, "dX": grads[1], "adapter": grads[0]}
 

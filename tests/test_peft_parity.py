@@ -9,7 +9,7 @@ import make_peft_goldens as oracle
 import numpy as np
 import pytest
 from make_peft_goldens import GOLDENS, LORA, OPTIMIZER
-from quick_jit import quick_jit
+from variant import variant
 
 from kjax import adapters, lora, lora_targets, step
 from kjax.config import Lora
@@ -171,7 +171,7 @@ def kjax_steps(case: str, seed: int, experts: str):
     params, store = split(make_goldens.random_params(config, seed), experts)
     transformer = Transformer(config, lora=spec, store=store, micro_rows=1)
     chosen = optimizer(OPTIMIZER[case], oracle.STEPS)
-    train_step = quick_jit(step.train_step(transformer, unembed, chosen, chunk=20, seed=0, dropout=False))
+    train_step = jax.jit(step.train_step(transformer, unembed, chosen, chunk=20, seed=0, dropout=False))
     state = step.initial_state(oracle.random_lora(case, seed, 0.0), chosen)
     losses, norms = [], []
     for batch in oracle.batches(case, seed, oracle.STEPS):
@@ -184,7 +184,7 @@ def kjax_steps(case: str, seed: int, experts: str):
     return losses, norms, final
 
 
-@pytest.mark.parametrize("case, experts", [("v2_greedy", "host"), ("v3", "host"), ("v3", "device")])
+@pytest.mark.parametrize("case, experts", [variant("v2_greedy", "host"), ("v3", "host"), variant("v3", "device")])
 def test_ten_steps_equal_goldens(case, experts):
     with np.load(GOLDENS / f"{case}.npz", allow_pickle=False) as golden:
         made, now = (ModelConfig.from_json(c) for c in (json.loads(str(golden["config"])), oracle.content(case)))

@@ -18,6 +18,7 @@ import weights_cases
 from experts_cases import RMS_BF16
 from rich.console import Console
 from test_weights_load import assert_equal, params_of
+from variant import variant
 
 import kjax
 from kjax import adapters, plan
@@ -135,8 +136,8 @@ def test_logits_are_those_of_the_bf16_copy(pair):
         assert_same_sums(logits, expected, model.store.format)
 
 
-@pytest.mark.parametrize(("family", "kind"), [("glm4_moe qk_norm", "channel"), ("glm4_moe", "channel_bf16"),
-                                              ("deepseek_v32", "ue8m0")])
+@pytest.mark.parametrize(("family", "kind"), [
+    variant("glm4_moe qk_norm", "channel"), variant("glm4_moe", "channel_bf16"), ("deepseek_v32", "ue8m0")])
 def test_whole_models_as_they_are_published(tmp_path, family, kind):
     """GLM's FP8 and DeepSeek-V3.2's, with prediction layer and indexer beside what is loaded."""
     content = family_cases.content(family, 0) | {"vocab_size": 96, "hidden_size": 160, "moe_intermediate_size": 136}
@@ -213,7 +214,7 @@ def test_gradients_are_those_of_the_bf16_copy(pair):
         assert_same_sums(found, expected, format_)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int4"])
+@pytest.mark.parametrize("kind", ["fp8", variant("int4")])
 def test_training(tmp_path, kind):
     """A step, and an adapter that changes the logits of the quantised base and of its bf16 copy alike."""
     tiny.model(tmp_path / "model", hidden_size=160, moe_intermediate_size=136, num_hidden_layers=2)

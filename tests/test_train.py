@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 from rich.console import Console
+from variant import variant
 
 from kjax import adapters, checkpoint, gin_config, log
 from kjax.errors import DataError, KjaxError, RunError
@@ -23,7 +24,9 @@ from kjax.fit import Fit
 from kjax.offload.resident import Resident
 from kjax.progress import StepProgress
 from kjax.run import Run
-from kjax.train import train
+from kjax.train import _saves, train
+
+pytestmark = pytest.mark.plain_xla
 
 # Two epochs of five steps, with dropout, saved and evaluated on the way.
 LONG = {"train__steps": 10, "train__save_steps": 5, "train__eval_steps": 4, "lora__dropout": 0.1,
@@ -154,6 +157,59 @@ def test_resuming_a_finished_run_changes_nothing(finished):
     assert before == {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("lost", ["missing", "older"])
+def test_a_resumed_run_brings_its_adapter_up_to_the_state(copied, lost):
+    """As after a kill between the saved state and the adapter beside it."""
+    directory, settings = copied
+    newest, saved = directory / "adapter", directory / "checkpoints"
+    shutil.rmtree(newest)
+    if lost == "older":
+        shutil.copytree(saved / "5/adapter", newest)
+    console = quiet()
+    run = train(settings(), resume=True, console=console)
+    assert adapter_bytes(run) == (saved / "10/adapter" / adapters.WEIGHTS).read_bytes()
+    assert {path.name for path in newest.iterdir()} == {path.name for path in (saved / "10/adapter").iterdir()}
+    assert f"{newest}: written again from the state of step 10" in console.file.getvalue()
+
+
+def test_a_run_is_saved_before_its_last_evaluation(workshop, monkeypatch):
+    """Evaluations fail, then give no number, then work; the run is the same as one without trouble."""
+    changes = {"train__steps": 2}
+    whole = train(tiny.settings(workshop, "untroubled", **changes), console=quiet())
+    config = tiny.settings(workshop, "troubled", **changes)
+
+    def evaluation(failing):
+        original = Fit._define_steps
+
+        def define(self, *args):
+            original(self, *args)
+            works, self.eval_step = self.eval_step, lambda *args: failing() if self.done == 2 else works(*args)
+            self.eval_step.prepare = works.prepare
+        return define
+
+    def out_of_memory():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "_define_steps", evaluation(out_of_memory))
+        with pytest.raises(RunError, match="evaluating 1/.* failed.*The state of step 2 is in .*checkpoints/2"):
+            train(config, console=quiet())
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "_define_steps", evaluation(lambda: (float("nan"), 1.0)))
+        with pytest.raises(RunError, match="evaluation after step 2 made a loss of nan.*The state of step 2 is in"):
+            train(config, resume=True, console=quiet())
+    run = train(config, resume=True, console=quiet())
+    assert (run.losses, run.eval_losses, run.eval_at) == (whole.losses, whole.eval_losses, whole.eval_at)
+    assert run.status == "finished" and adapter_bytes(run) == adapter_bytes(whole)
+
+
+@pytest.mark.parametrize("every, done, total, saves",
+                         [(None, 0, 9, 1), (None, 9, 9, 0), (5, 0, 10, 2), (5, 0, 11, 3), (5, 6, 10, 1), (5, 5, 10, 1),
+                          (5, 10, 10, 0), (20, 0, 10, 1), (1, 3, 10, 7)])
+def test_saves_to_come(every, done, total, saves):
+    assert _saves(every, done, total) == saves
+
+
 def test_resume_lists_what_differs(copied):
     _, settings = copied
     console = quiet()
@@ -230,8 +286,9 @@ def reference(workshop):
 
 
 @pytest.mark.parametrize("changes", [
-    {"model__transport": "pure_callback"}, {"model__experts": "device"},
-    {"data__rows": "plain", "train__micro_rows": 5, "train__loss_chunk": 50}, {"data__rows": "grouped"},
+    {"model__transport": "pure_callback"}, variant({"model__experts": "device"}),
+    {"data__rows": "plain", "train__micro_rows": 5, "train__loss_chunk": 50},
+    variant({"data__rows": "grouped"}),
 ], ids=lambda changes: "_".join(map(str, changes.values())))  # fmt: skip
 def test_other_ways_give_the_same_losses(workshop, reference, changes, request):
     np.testing.assert_allclose(two_losses(workshop, request.node.name, **changes), reference, rtol=1e-5)
@@ -303,7 +360,7 @@ except RunError as error:
 """
 
 
-@pytest.mark.parametrize("transport", ["ffi", "pure_callback"])
+@pytest.mark.parametrize("transport", ["ffi", variant("pure_callback")])
 def test_a_lost_file_ends_a_run_by_name_with_its_state_saved(tmp_path, transport):
     done = subprocess.run(
         [sys.executable, "-c", LOST.format(tests=os.path.dirname(__file__), workshop=str(tmp_path))],
@@ -317,7 +374,7 @@ def test_a_lost_file_ends_a_run_by_name_with_its_state_saved(tmp_path, transport
 def test_a_disk_too_small_is_found_before_loading(workshop, monkeypatch):
     monkeypatch.setattr("kjax.run.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(RunError, match="full: the saved states need .* kB, 1.0 kB are free: lower Train.keep"):
-        train(tiny.settings(workshop, "full"), console=quiet())
+        train(tiny.settings(workshop, "full", train__save_steps=1), console=quiet())
     assert not (workshop / "full").exists()
 
 

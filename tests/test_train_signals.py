@@ -14,6 +14,8 @@ import tiny
 from kjax import _ext, checkpoint
 from kjax.interrupt import Cancelled, Interrupts
 
+pytestmark = pytest.mark.plain_xla
+
 
 def wait_until(condition):
     while not condition():
