@@ -263,7 +263,7 @@ def test_templates_equal_the_official_ones(shared_data, directory, names):
             prompts = [t.render(history, add_generation_prompt=True)[0] for t in (own, packaged)]
             np.testing.assert_array_equal(*prompts)
     if "deepseekr1" in names:
-        with pytest.raises(DataError, match="data.template = 'deepseekr1', which keeps it"):
+        with pytest.raises(DataError, match="data.template = 'deepseekr1' or 'deepseek31', which keeps it"):
             own.render(THINK)
 
 

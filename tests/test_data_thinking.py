@@ -220,6 +220,6 @@ def test_kimi_thinking_is_not_kimi_k25():
 
 
 def test_the_template_that_is_suggested(tmp_path):
-    for name, tokens in (("deepseekr1", DEEPSEEK), ("kimi_k25", KIMI), ("qwen3", QWEN), ("glm4_moe", GLM),
-                         ("kimi_k2", KIMI[2:])):  # fmt: skip
-        assert templates.suggestion(dict.fromkeys(tokens, 0)) == name
+    for names, tokens in (("deepseekr1 deepseek31", DEEPSEEK), ("kimi_k25 kimi_k2_thinking", KIMI), ("qwen3", QWEN),
+                          ("glm4_moe", GLM), ("kimi_k2", KIMI[2:]), ("", ["<bos>"])):  # fmt: skip
+        assert templates.suggestions(dict.fromkeys(tokens, 0)) == names.split()

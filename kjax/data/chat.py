@@ -203,8 +203,8 @@ def _mark_inside(tokenizer, renderer: templates.Renderer, dialogue: Dialogue, pl
 
 
 def _dropped(tokenizer, dialogue: Dialogue, content: str) -> DataError:
-    name = templates.suggestion(tokenizer.specials)
-    way = f"data.template = {name!r}, which keeps it" if name else "data.template to a template that keeps it"
+    names = " or ".join(map(repr, templates.suggestions(tokenizer.specials)))
+    way = f"data.template = {names}, which keeps it" if names else "data.template to a template that keeps it"
     content = content.replace(dialogue.marks.guard, "")
     return DataError(f"{dialogue.where}: chat template {tokenizer.template.name} drops or changes part of the reply "
                      f"{content[:40]!r}..., which would then not be trained; set {way}")

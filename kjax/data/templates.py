@@ -27,7 +27,7 @@ _KIMI = ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<
 _DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>")
 _THINK = ("<think>", "</think>")
 # The special tokens without which a packaged template would come out as ordinary text; of the templates that a
-# tokenizer has all tokens for, the first is suggested where the model's own loses text.
+# tokenizer has all tokens for, the first and others that need the same are suggested where the model's own loses text.
 _REQUIRED = {
     "kimi_k25": (*_KIMI, *_THINK),
     "kimi_k2_thinking": (*_KIMI, *_THINK),
@@ -55,9 +55,10 @@ def packaged() -> list[str]:
     return sorted(path.stem for path in _DIRECTORY.glob("*.jinja"))
 
 
-def suggestion(specials: Mapping[str, int]) -> str | None:
-    """The packaged template whose markers a tokenizer has."""
-    return next((name for name, needed in _REQUIRED.items() if all(token in specials for token in needed)), None)
+def suggestions(specials: Mapping[str, int]) -> list[str]:
+    """The packaged templates whose markers a tokenizer has; none that do with fewer beside those."""
+    found = next((needed for needed in _REQUIRED.values() if all(token in specials for token in needed)), None)
+    return [name for name, needed in _REQUIRED.items() if needed == found]
 
 
 def find(name: str | None, directory: Path, settings: Mapping, specials: Mapping[str, int]) -> Template | None:
