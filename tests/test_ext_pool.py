@@ -237,13 +237,13 @@ def targets():
         jax.ffi.register_ffi_target("test_" + name, capsule, platform="cpu")
 
 
-NO_ADAPTERS = {"scales": np.zeros(3, np.float32), "dropout": np.float64(0), "host": np.int64(-1)}
+NO_ADAPTERS = {"scales": np.full(3, np.nan, np.float32), "dropout": np.float64(0), "host": np.int64(-1)}
 
 
-def ffi_forward(store, layer, x, idx, gate, keep):
+def ffi_forward(store, layer, x, idx, gate, keep, *more):
     shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((), jnp.int32))
     call = jax.ffi.ffi_call("test_kjax_experts_forward", shapes)
-    return call(jnp.int32(layer), x, idx, gate, store=np.int64(store), keep=np.int64(keep), **NO_ADAPTERS)
+    return call(jnp.int32(layer), x, idx, gate, *more, store=np.int64(store), keep=np.int64(keep), **NO_ADAPTERS)
 
 
 def ffi_backward(store, layer, slip, x, idx, gate, dy):
@@ -279,6 +279,7 @@ def test_ffi_errors_name_what_is_wrong(targets):
         ("idx must be int32", lambda: ffi_forward(number, 0, x, idx.astype(np.int16), gate, False)),
         ("gate must be float32 with idx's shape", lambda: ffi_forward(number, 0, x, idx, gate[:, :1], False)),
         ("x must be bfloat16 or float32", lambda: ffi_forward(number, 0, x.astype(jnp.float16), idx, gate, False)),
+        ("1 arrays for the adapters instead of 0", lambda: ffi_forward(number, 0, x, idx, gate, False, x)),
         ("dy must be like x", lambda: ffi_backward(number, 0, jnp.int32(0), x, idx, gate, x[:3])),
         ("there is no expert store 12345", lambda: ffi_backward(12345, 0, jnp.int32(0), x, idx, gate, x)),
         ("is neither -1", lambda: ffi_forward(number, 0, x, idx + 40, gate, False)),
