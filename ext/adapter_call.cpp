@@ -51,7 +51,8 @@ AdapterCall::AdapterCall(Call& call, const AdapterSetting& setting, AdapterArray
   for (int p = 0; p < kProjections; ++p) {
     Factors& f = adapters_.of[p];
     f.scale = setting.scales[p];
-    if (f.rank && std::isnan(f.scale)) throw std::invalid_argument("kjax experts: an adapter on the host without a scale");
+    if (f.rank && std::isnan(f.scale))
+      throw std::invalid_argument("kjax experts: an adapter on the host without a scale");
     if (host_ || std::isnan(f.scale)) continue;
     const Tensor a = arrays.operand(next++), b = arrays.operand(next++);
     f.rank = a.shape.size() == 3 ? a.shape[1] : 1;
@@ -67,8 +68,8 @@ AdapterCall::AdapterCall(Call& call, const AdapterSetting& setting, AdapterArray
     adapters_.dropout = setting.dropout;
     std::copy_n(static_cast<const uint32_t*>(seed.data), 2, adapters_.seed);
   }
-  if (arrays.operand_count() != next)
-    throw std::invalid_argument(text("kjax experts: ", arrays.operand_count(), " arrays for the adapters instead of ", next));
+  if (const size_t given = arrays.operand_count(); given != next)
+    throw std::invalid_argument(text("kjax experts: ", given, " arrays for the adapters instead of ", next));
   call.adapters = &adapters_;
 }
 
@@ -86,8 +87,8 @@ AdapterGradients AdapterCall::gradients() {
         gradients.b[p] = arrays_.result(next++, shape_of_b(*store_, p, rank));
       }
   }
-  if (arrays_.result_count() != next)
-    throw std::invalid_argument(text("kjax experts: ", arrays_.result_count(), " results of the adapters instead of ", next));
+  if (const size_t given = arrays_.result_count(); given != next)
+    throw std::invalid_argument(text("kjax experts: ", given, " results of the adapters instead of ", next));
   return gradients;
 }
 

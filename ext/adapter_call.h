@@ -49,6 +49,7 @@ class AdapterCall {
   // Where the backward call adds or leaves the gradients: in the results, or beside the factors on the host, where the
   // result is by how much the call has made the sum of the squares of the layer's gradients grow.
   AdapterGradients gradients();
+
  private:
   const std::shared_ptr<const Store> store_;
   const int64_t layer_;

@@ -44,8 +44,8 @@ constexpr bool kRowScales = kScaleBlock[static_cast<int>(F)].rows == 1 && kScale
 //   kBlockRows    consecutive rows, from a multiple of it on, that share what scale() returns
 //   kTableBytes   room per 128 x 128 weights for what prepare() computes once and scale() looks up
 //   scale(w, tables, row, col)   what load() needs for columns [col, col + 128), col a multiple of 128
-//   load(scale, p, c, n)         weights [col + c .. col + c + 64) of a row whose column `col` is at p, c 0 or 64; those
-//                                from n on are finite
+//   load(scale, p, c, n)         weights [col + c .. col + c + 64) of a row whose column `col` is at p, c 0 or 64;
+//                                from n on they are finite
 template <Format F>
 struct Decode;
 constexpr int64_t kBlock = 128;  // columns that scale() covers

@@ -9,7 +9,7 @@ namespace kjax {
 // How the checkpoint stores a projection. The order is that of the tables below, of kFormatInfo and of every Gemm.
 //   fp8_block    e4m3, one fp32 scale per block of 128 x 128 weights (DeepSeek-V3's weight_scale_inv)
 //   fp8_channel  e4m3, one fp32 scale per stored row
-//   int4_group32 8 weights + 8 per int32, the first in the low bits, one bf16 scale per 32 of a row (compressed-tensors)
+//   int4_group32   compressed-tensors: weights + 8, eight per int32, the first lowest, one bf16 scale per 32 of a row
 //   int8_group128  int8, one bf16 scale per 128 of a row
 // A quantised weight is bf16(scale * code), as in a checkpoint dequantised to bf16; it is scale * code where the scales
 // multiply sums of codes (lanes_along.h, float_rows.h).

@@ -152,9 +152,7 @@ void require_files() {
              static_cast<off_t>(lost - begin)) != MAP_FAILED)
       continue;
     // The file is beyond mapping (another one took its place on a server, say): zeros again, and no call goes by them.
-    mmap(reinterpret_cast<void*>(lost), end - lost, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-    range->lost.store(lost);
-    any_lost.store(true);
+    replace_by_zeros(lost);
   }
   if (!problems.empty()) throw FileLost(problems + "; put the file back as it was and go on");
 }

@@ -40,7 +40,7 @@ class Memory {
   }
   void release() {
     if (!data_) return;
-    if (size_ >= kHugePage) unmap(data_, size_);
+    if (huge()) unmap(data_, size_);
     else std::free(data_);
     data_ = nullptr;
     size_ = 0;

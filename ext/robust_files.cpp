@@ -26,7 +26,8 @@ class File {
   File() {
     descriptor_ = mkstemp(path_.data());
     const std::vector<char> bytes(kBytes, 1);
-    if (descriptor_ < 0 || write(descriptor_, bytes.data(), kBytes) != static_cast<ssize_t>(kBytes) || fsync(descriptor_))
+    if (descriptor_ < 0 || write(descriptor_, bytes.data(), kBytes) != static_cast<ssize_t>(kBytes) ||
+        fsync(descriptor_))
       throw std::runtime_error("robust: no file can be written here");
   }
   ~File() {

@@ -148,10 +148,10 @@ def load(directory: str | os.PathLike, linears: Linears, base: Base | None = Non
         return adapter.spec, unflatten_dict(leaves, sep="/")
 
 
-def template(directory: str | os.PathLike | None) -> Path | None:
-    """The chat template that an adapter was trained with, where it has one."""
+def template(directory: str | os.PathLike | None) -> str | None:
+    """The file of the chat template that an adapter was trained with, where it has one."""
     path = Path(directory) / TEMPLATE if directory is not None else None
-    return path if path is not None and path.is_file() else None
+    return str(path) if path is not None and path.is_file() else None
 
 
 class Adapter(NamedTuple):

@@ -266,6 +266,11 @@ def _due(every: int | None, done: int) -> bool:
     return every is not None and done > 0 and done % every == 0
 
 
+def saves_to_come(every: int | None, done: int, total: int) -> int:
+    """How many states will be saved after `done` steps, the last one included; a run stopped earlier saves no more."""
+    return sum(at == total or _due(every, at) for at in range(done + 1, total + 1))
+
+
 def _failed_inside(error: Exception) -> bool:
     """Whether compiled code failed; some ways into it raise its status, "INTERNAL: ...", as a plain ValueError."""
     return isinstance(error, jax.errors.JaxRuntimeError) or re.match("[A-Z_]+: ", str(error)) is not None

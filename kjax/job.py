@@ -73,8 +73,8 @@ def prepare(config: Config) -> Job:
         spec, tree = adapters.load(config.model.adapter, linears, base)
         if config.lora.dropout:  # of how it is trained, not of the adapter
             spec = spec.with_dropout(config.lora.dropout)
-    template = config.data.template or adapters.template(config.model.adapter)
-    tokenizer = data.Tokenizer.load(config.model.directory, template=None if template is None else str(template))
+    tokenizer = data.Tokenizer.load(config.model.directory,
+                                    template=config.data.template or adapters.template(config.model.adapter))
     train, evaluation = data.load(config.data, tokenizer, config.train.seed)
     for dataset in (train, evaluation):
         if dataset is not None:

@@ -1,10 +1,9 @@
 """Low-rank adapters: what they are and are attached to, how large each is, how they start, what they cost in memory."""
 
-import dataclasses
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -68,7 +67,7 @@ class LoraSpec:
         return tuple(path for path, _ in self.entries)
 
     def with_dropout(self, rate: float) -> "LoraSpec":
-        return LoraSpec(tuple((path, dataclasses.replace(adapter, dropout=rate)) for path, adapter in self.entries))
+        return LoraSpec(tuple((path, replace(adapter, dropout=rate)) for path, adapter in self.entries))
 
 
 def group(path: str) -> str:

@@ -5,7 +5,7 @@ from rich.console import Console
 from kjax import _ext, env, job, models
 from kjax.config import Config
 from kjax.errors import RunError
-from kjax.fit import Fit
+from kjax.fit import Fit, saves_to_come
 from kjax.identity import Identity, differences
 from kjax.offload import stash
 from kjax.offload.store import ExpertStore
@@ -38,7 +38,7 @@ def train(config: Config, resume: bool | str = False, overwrite: bool = False, *
         banner(console, "kjax: resuming" if resume else "kjax", rows, prepared.table)
         if saved is not None:
             _compare(saved, prepared.identity, console, force=resume == "changed")
-        saves = _saves(config.train.save_steps, 0 if saved is None else saved["step"], prepared.total_steps)
+        saves = saves_to_come(config.train.save_steps, 0 if saved is None else saved["step"], prepared.total_steps)
         directory.require_space(prepared.table.training_bytes, saves)  # as much as gradients: state and PEFT files
         directory.clear()
         params, store = _load(config, prepared)
@@ -53,13 +53,6 @@ def train(config: Config, resume: bool | str = False, overwrite: bool = False, *
         finally:
             if store is not None:
                 store.close()
-
-
-def _saves(every: int | None, done: int, total: int) -> int:
-    """How many states will be saved after `done` steps, the last one included; a run stopped earlier saves no more."""
-    if done >= total:
-        return 0
-    return 1 if every is None else (total - 1) // every - done // every + 1
 
 
 def _saved_state(directory: RunDirectory, console: Console) -> dict:

@@ -1,6 +1,5 @@
 """A whole run with adapters on the routed experts: both homes alike, resumed to equal bits, and used by chat."""
 
-import io
 import shutil
 
 import jax
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import tiny
 from flax.traverse_util import flatten_dict
-from rich.console import Console
 
 import kjax
 from kjax import checkpoint
@@ -23,10 +21,6 @@ TARGETS = {"lora__targets": ("o_proj", "experts"), "lora__dropout": 0.1, "train_
            "lora__rank_pattern": {"experts.up_proj": 3}, "optimizer__clip_norm": 0.05, "optimizer__loraplus_ratio": 4.0}
 
 
-def quiet():
-    return Console(file=io.StringIO(), width=200)
-
-
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
     directory = tmp_path_factory.mktemp("hosted")
@@ -37,7 +31,7 @@ def workshop(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(workshop):
     """The same run with the adapters of the experts in either home."""
-    return {home: train(tiny.settings(workshop, home, lora__experts_home=home, **TARGETS), console=quiet())
+    return {home: train(tiny.settings(workshop, home, lora__experts_home=home, **TARGETS), console=tiny.quiet())
             for home in ("device", "host")}
 
 
@@ -65,7 +59,7 @@ def test_a_resumed_run_has_equal_bits(home, runs, workshop):
     shutil.copytree(workshop / home, workshop / f"{home}_resumed")
     checkpoint.Checkpoints(workshop / f"{home}_resumed" / "checkpoints", 2).remove(4)
     again = train(tiny.settings(workshop, f"{home}_resumed", lora__experts_home=home, **TARGETS), resume=True,
-                  console=quiet())
+                  console=tiny.quiet())
     assert again.losses == runs[home].losses and len(again.losses) == 4
     for name, array in adapter(again).items():
         np.testing.assert_array_equal(array, adapter(runs[home])[name])
@@ -73,13 +67,14 @@ def test_a_resumed_run_has_equal_bits(home, runs, workshop):
 
 def test_the_home_belongs_to_the_saved_state(runs, workshop):
     with pytest.raises(Exception, match="experts_home"):
-        train(tiny.settings(workshop, "host", lora__experts_home="device", **TARGETS), resume=True, console=quiet())
+        train(tiny.settings(workshop, "host", lora__experts_home="device", **TARGETS), resume=True,
+              console=tiny.quiet())
 
 
 def test_experts_on_the_device_have_their_adapters_there(workshop):
     with pytest.raises(ConfigError, match="experts_home = 'host' needs Model.experts = 'host'"):
         train(tiny.settings(workshop, "refused", model__experts="device", lora__experts_home="host", **TARGETS),
-              console=quiet())
+              console=tiny.quiet())
 
 
 def test_logits_do_not_depend_on_the_home(runs, workshop):

@@ -1,12 +1,10 @@
-"""A whole run on a tiny model: what it writes, that it learns, resumes bit for bit, and stops where it must.
+"""A whole run on a tiny model: what it writes, that it learns, and resumes bit for bit.
 
 Compiling a step takes seconds even for a tiny model, so few tests train, and each of them shows several things.
 """
 
-import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,26 +13,19 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from rich.console import Console
 from variant import variant
 
 from kjax import adapters, checkpoint, gin_config, log
-from kjax.errors import DataError, KjaxError, RunError
-from kjax.fit import Fit
-from kjax.offload.resident import Resident
+from kjax.errors import DataError, RunError
+from kjax.fit import Fit, saves_to_come
 from kjax.progress import StepProgress
-from kjax.run import Run
-from kjax.train import _saves, train
+from kjax.train import train
 
 pytestmark = pytest.mark.plain_xla
 
 # Two epochs of five steps, with dropout, saved and evaluated on the way.
 LONG = {"train__steps": 10, "train__save_steps": 5, "train__eval_steps": 4, "lora__dropout": 0.1,
         "lora__targets": ("attention", "shared")}  # fmt: skip
-
-
-def quiet():
-    return Console(file=io.StringIO(), width=200)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +44,7 @@ def finished(workshop):
         return original(self, *args, **kwargs)
 
     config = tiny.settings(workshop, "finished", train__tensorboard=True, train__plot=True, **LONG)
-    console = quiet()
+    console = tiny.quiet()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.stages.Lowered, "compile", counted)
         run = train(config, console=console)
@@ -66,14 +57,6 @@ def copied(finished, workshop, request):
     shutil.copytree(finished[1].directory, workshop / request.node.name)
     return workshop / request.node.name, lambda **changes: tiny.settings(
         workshop, request.node.name, **LONG | {"train__eval_steps": 4} | changes)
-
-
-def adapter_bytes(run: Run) -> bytes:
-    return (run.adapter / adapters.WEIGHTS).read_bytes()
-
-
-def saved_steps(directory) -> list[int]:
-    return checkpoint.Checkpoints(directory / "checkpoints", 2).steps()
 
 
 def test_it_learns_and_says_what_it_does(finished):
@@ -95,8 +78,8 @@ def test_the_run_directory_holds_what_is_promised(finished):
     names = {path.name for path in run.directory.iterdir()}
     assert names == {"config.gin", "operative_config.gin", "env.json", log.LOG, log.TRAIN_PLOT, log.EVAL_PLOT, "tb",
                      "checkpoints", "adapter", ".lock"}
-    assert saved_steps(run.directory) == [5, 10]
-    assert adapter_bytes(run) == (run.directory / "checkpoints/10/adapter" / adapters.WEIGHTS).read_bytes()
+    assert tiny.saved_steps(run.directory) == [5, 10]
+    assert tiny.adapter_bytes(run) == (run.directory / "checkpoints/10/adapter" / adapters.WEIGHTS).read_bytes()
     assert run.plot.read_bytes().startswith(b"\x89PNG")
     assert gin_config.load([run.directory / "config.gin"]) == config
     assert gin_config.load([run.directory / "operative_config.gin"]) == config
@@ -112,7 +95,7 @@ def test_the_adapter_gives_the_losses_it_was_saved_with(finished, workshop, monk
     config, whole, _, _ = finished
     monkeypatch.setattr(Fit, "_step", lambda self: setattr(self, "done", self.done + 1))
     monkeypatch.setattr(Fit, "_save", lambda self: None)
-    console = quiet()
+    console = tiny.quiet()
     run = train(tiny.settings(workshop, "more", train__steps=1, model__adapter=str(whole.adapter)), console=console)
     assert run.eval_losses[0] == whole.eval_losses[-1] and "goes on from" in console.file.getvalue()
 
@@ -127,32 +110,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, workshop, monkeypat
         if step == 6:
             os.kill(os.getpid(), 15)
 
-    console = quiet()
+    console = tiny.quiet()
     with monkeypatch.context() as patch:
         patch.setattr(StepProgress, "step", step_then_signal)
         part = train(again, console=console)
     assert part.status == "interrupted" and part.exit_code == 143 and part.step == 6
     assert part.losses == whole.losses[:6]
     assert "stopping after step 6, then saving; again to stop now" in console.file.getvalue()
-    assert saved_steps(part.directory) == [5, 6]
+    assert tiny.saved_steps(part.directory) == [5, 6]
 
     # As if it had been killed while it saved step 6: what the log says about step 6 is of a lost part.
     (part.directory / "checkpoints/6").rename(part.directory / "checkpoints/.6.partial")
     (part.directory / "checkpoints/.6.partial" / checkpoint.MANIFEST).unlink()
-    console = quiet()
+    console = tiny.quiet()
     run = train(again, resume=True, console=console)
     assert run.losses == whole.losses and run.eval_losses == whole.eval_losses and run.eval_at == whole.eval_at
-    assert adapter_bytes(run) == adapter_bytes(whole)
+    assert tiny.adapter_bytes(run) == tiny.adapter_bytes(whole)
     assert "a save that was cut short, not used" in console.file.getvalue()
     assert "differs" not in console.file.getvalue()
-    assert saved_steps(run.directory) == [5, 10]
+    assert tiny.saved_steps(run.directory) == [5, 10]
 
 
 def test_resuming_a_finished_run_changes_nothing(finished):
     config, whole, _, _ = finished
     saved = whole.directory / "checkpoints"
     before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
-    run = train(config, resume=True, console=quiet())
+    run = train(config, resume=True, console=tiny.quiet())
     assert run.status == "finished" and run.losses == whole.losses and run.eval_losses == whole.eval_losses
     assert before == {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
 
@@ -165,54 +148,23 @@ def test_a_resumed_run_brings_its_adapter_up_to_the_state(copied, lost):
     shutil.rmtree(newest)
     if lost == "older":
         shutil.copytree(saved / "5/adapter", newest)
-    console = quiet()
+    console = tiny.quiet()
     run = train(settings(), resume=True, console=console)
-    assert adapter_bytes(run) == (saved / "10/adapter" / adapters.WEIGHTS).read_bytes()
+    assert tiny.adapter_bytes(run) == (saved / "10/adapter" / adapters.WEIGHTS).read_bytes()
     assert {path.name for path in newest.iterdir()} == {path.name for path in (saved / "10/adapter").iterdir()}
     assert f"{newest}: written again from the state of step 10" in console.file.getvalue()
-
-
-def test_a_run_is_saved_before_its_last_evaluation(workshop, monkeypatch):
-    """Evaluations fail, then give no number, then work; the run is the same as one without trouble."""
-    changes = {"train__steps": 2}
-    whole = train(tiny.settings(workshop, "untroubled", **changes), console=quiet())
-    config = tiny.settings(workshop, "troubled", **changes)
-
-    def evaluation(failing):
-        original = Fit._define_steps
-
-        def define(self, *args):
-            original(self, *args)
-            works, self.eval_step = self.eval_step, lambda *args: failing() if self.done == 2 else works(*args)
-            self.eval_step.prepare = works.prepare
-        return define
-
-    def out_of_memory():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Fit, "_define_steps", evaluation(out_of_memory))
-        with pytest.raises(RunError, match="evaluating 1/.* failed.*The state of step 2 is in .*checkpoints/2"):
-            train(config, console=quiet())
-    with monkeypatch.context() as patch:
-        patch.setattr(Fit, "_define_steps", evaluation(lambda: (float("nan"), 1.0)))
-        with pytest.raises(RunError, match="evaluation after step 2 made a loss of nan.*The state of step 2 is in"):
-            train(config, resume=True, console=quiet())
-    run = train(config, resume=True, console=quiet())
-    assert (run.losses, run.eval_losses, run.eval_at) == (whole.losses, whole.eval_losses, whole.eval_at)
-    assert run.status == "finished" and adapter_bytes(run) == adapter_bytes(whole)
 
 
 @pytest.mark.parametrize("every, done, total, saves",
                          [(None, 0, 9, 1), (None, 9, 9, 0), (5, 0, 10, 2), (5, 0, 11, 3), (5, 6, 10, 1), (5, 5, 10, 1),
                           (5, 10, 10, 0), (20, 0, 10, 1), (1, 3, 10, 7)])
 def test_saves_to_come(every, done, total, saves):
-    assert _saves(every, done, total) == saves
+    assert saves_to_come(every, done, total) == saves
 
 
 def test_resume_lists_what_differs(copied):
     _, settings = copied
-    console = quiet()
+    console = tiny.quiet()
     run = train(settings(optimizer__learning_rate=1e-3, train__eval_steps=None), resume=True, console=console)
     assert run.status == "finished"
     assert "optimizer.learning_rate: 0.03 -> 0.001" in console.file.getvalue()
@@ -227,11 +179,11 @@ def test_resume_refuses_another_meaning_unless_told(copied, workshop):
                             ({"data__limit": 12}, "the dataset's tokens"),
                             ({"model__directory": str(workshop / "other")}, "the base model")):
         with pytest.raises(RunError, match="is not the one that was saved") as caught:
-            train(settings(**change), resume=True, console=quiet())
+            train(settings(**change), resume=True, console=tiny.quiet())
         assert message in str(caught.value)
-    assert train(settings(data__limit=12), resume="changed", console=quiet()).status == "finished"
+    assert train(settings(data__limit=12), resume="changed", console=tiny.quiet()).status == "finished"
     with pytest.raises(RunError, match="does not fit this run's adapter"):
-        train(settings(lora__rank=3), resume="changed", console=quiet())
+        train(settings(lora__rank=3), resume="changed", console=tiny.quiet())
 
 
 def test_a_damaged_state_is_named_and_an_older_one_offered(copied):
@@ -241,7 +193,7 @@ def test_a_damaged_state_is_named_and_an_older_one_offered(copied):
     content[len(content) // 2] ^= 8
     victim.write_bytes(content)
     with pytest.raises(RunError, match="the state of step 5 is valid: remove") as caught:
-        train(settings(), resume=True, console=quiet())
+        train(settings(), resume=True, console=tiny.quiet())
     assert str(victim) in str(caught.value)
 
 
@@ -249,25 +201,15 @@ def test_overwrite_starts_over_once_everything_is_checked(copied, workshop, monk
     directory, settings = copied
     (directory / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="already holds a run"):
-        train(settings(), console=quiet())
+        train(settings(), console=tiny.quiet())
     with pytest.raises(DataError):
-        train(settings(data__dataset=str(workshop / "none.jsonl")), overwrite=True, console=quiet())
-    assert saved_steps(directory) == [5, 10]
+        train(settings(data__dataset=str(workshop / "none.jsonl")), overwrite=True, console=tiny.quiet())
+    assert tiny.saved_steps(directory) == [5, 10]
     monkeypatch.setattr(Fit, "_steps", lambda self: None)
-    run = train(settings(train__plot=False), overwrite=True, console=quiet())
-    assert run.losses == [] and saved_steps(directory) == []
+    run = train(settings(train__plot=False), overwrite=True, console=tiny.quiet())
+    assert run.losses == [] and tiny.saved_steps(directory) == []
     assert sorted(path.name for path in directory.iterdir()) == [".lock", "config.gin", "env.json", "notes.txt",
                                                                  "operative_config.gin", log.LOG]
-
-
-def test_a_loss_that_is_no_number_stops_the_run(workshop):
-    config = tiny.settings(workshop, "nan", train__steps=6, train__save_steps=1, data__val_size=0.0,
-                           optimizer__learning_rate=1e38, optimizer__warmup_steps=2, optimizer__schedule="constant")
-    with pytest.raises(RunError, match=r"step 3 made a loss of .*The state of step 2 is in .*checkpoints/2"):
-        train(config, console=quiet())
-    directory = workshop / "nan"
-    assert checkpoint.Checkpoints(directory / "checkpoints", 2).latest()[0] == 2 and saved_steps(directory) == [1, 2]
-    assert len(log.read(directory / log.LOG)) == 2
 
 
 # One step holds every example, whatever the layout of the rows, so that each run sees the same batches; the second
@@ -276,7 +218,7 @@ WHOLE = {"train__steps": 2, "train__rows_per_step": 20, "data__val_size": 4.0}
 
 
 def two_losses(workshop, name, **changes):
-    run = train(tiny.settings(workshop, name, **WHOLE | changes), console=quiet())
+    run = train(tiny.settings(workshop, name, **WHOLE | changes), console=tiny.quiet())
     return [*run.losses, run.eval_losses[-1]]
 
 
@@ -322,84 +264,3 @@ print("pool of", os.environ["NPROC"])
         assert f"{len(used)} thread" in done.stdout and "pool of 16" in done.stdout
         results[name] = (workshop / name / "adapter" / adapters.WEIGHTS).read_bytes()
     assert results["one_core"] == results["two_cores"]
-
-
-@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
-def test_what_fails_is_told_with_the_step(workshop, monkeypatch, kind):
-    def fail(self, *args):
-        raise kind("RESOURCE_EXHAUSTED: out of memory")
-
-    monkeypatch.setattr("kjax.fit._Compiled.prepare", lambda self, *args: None)
-    monkeypatch.setattr("kjax.fit._Compiled.__call__", fail)
-    with pytest.raises(RunError, match="step 1/4 failed: RESOURCE_EXHAUSTED.*Train.micro_rows.*Nothing"):
-        train(tiny.settings(workshop, kind.__name__, data__val_size=0.0), console=quiet())
-
-
-LOST = """
-import os, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-import tiny
-from kjax.errors import RunError
-from kjax.fit import Fit
-from kjax.offload.resident import Resident
-from kjax.train import train
-
-save = Fit._save
-
-def save_and_lose(self):
-    save(self)
-    for shard in Path({workshop!r}, "model").glob("*.safetensors"):
-        os.truncate(shard, 4096)
-
-Fit._save = save_and_lose
-try:
-    train(tiny.settings(Path({workshop!r}), "lost", data__val_size=0.0, train__save_steps=2, model__storage="mapped"))
-except RunError as error:
-    print("RunError", error)
-"""
-
-
-@pytest.mark.parametrize("transport", ["ffi", variant("pure_callback")])
-def test_a_lost_file_ends_a_run_by_name_with_its_state_saved(tmp_path, transport):
-    done = subprocess.run(
-        [sys.executable, "-c", LOST.format(tests=os.path.dirname(__file__), workshop=str(tmp_path))],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "KJAX_TRANSPORT": transport},
-    )  # fmt: skip
-    said = next((line for line in done.stdout.splitlines() if line.startswith("RunError")), done.stdout + done.stderr)
-    assert re.search(r"RunError step 3/4 failed: .*\.safetensors: cannot be read at byte .*put the file back.*"
-                     r"The state of step 2 is in .*checkpoints/2", said), said
-
-
-def test_a_disk_too_small_is_found_before_loading(workshop, monkeypatch):
-    monkeypatch.setattr("kjax.run.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    with pytest.raises(RunError, match="full: the saved states need .* kB, 1.0 kB are free: lower Train.keep"):
-        train(tiny.settings(workshop, "full", train__save_steps=1), console=quiet())
-    assert not (workshop / "full").exists()
-
-
-@pytest.mark.parametrize("wrong", [{"lora__targets": ("nosuch_proj",)}, {"data__max_length": 4},
-                                   {"model__directory": "nowhere"}])
-def test_a_refused_run_leaves_nothing(workshop, wrong):
-    with pytest.raises(KjaxError):
-        train(tiny.settings(workshop, "runs/refused", **wrong), console=quiet())
-    assert not (workshop / "runs").exists()
-
-
-def test_memory_on_another_node_is_told_before_the_steps(workshop, monkeypatch):
-    class Misplaced(Resident):
-        refused = property(lambda self: "mbind (Operation not permitted)", lambda self, reason: None)
-
-    class Begun(Exception):
-        pass
-
-    def run(self, at):
-        raise Begun
-
-    monkeypatch.setattr("kjax.offload.store.Resident", Misplaced)
-    monkeypatch.setattr(Fit, "run", run)
-    console = quiet()
-    with pytest.raises(Begun):
-        train(tiny.settings(workshop, "misplaced", model__storage="resident"), console=console)
-    assert ("experts may lie on another memory node than the threads that read them: mbind (Operation not permitted)"
-            in console.file.getvalue())  # fmt: skip

@@ -1,13 +1,15 @@
 """A whole fine-tuning job in small: a random DeepSeek-V3 checkpoint with its tokenizer, dialogues, and settings."""
 
 import dataclasses
+import io
 import json
 import random
 from pathlib import Path
 
 import weights_cases
+from rich.console import Console
 
-from kjax import config
+from kjax import adapters, checkpoint, config
 
 V3 = weights_cases.V3 | {"vocab_size": weights_cases.BYTE_VOCABULARY}
 WORDS = ("river", "stone", "lamp", "quiet", "seven", "green", "winter", "paper", "bread", "north")
@@ -53,3 +55,16 @@ def settings(directory: Path, run: str = "run", **changes) -> config.Config:
         group, field = name.split("__")
         made = dataclasses.replace(made, **{group: dataclasses.replace(getattr(made, group), **{field: value})})
     return made
+
+
+def quiet() -> Console:
+    """A console whose output a test may read."""
+    return Console(file=io.StringIO(), width=200)
+
+
+def adapter_bytes(run) -> bytes:
+    return (run.adapter / adapters.WEIGHTS).read_bytes()
+
+
+def saved_steps(directory) -> list[int]:
+    return checkpoint.Checkpoints(directory / "checkpoints", 2).steps()

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Callable
 
 from kjax.config import Config
@@ -29,11 +30,15 @@ def problems(config: Config, on: Machine, replan: Replan) -> list[str]:
         if not _lacks(replan(config, wider := dataclasses.replace(on, share=MOST)), wider):
             return [f"{'; '.join(lacks)}. It fits with {FRACTION}={MOST} in the environment"]
 
-    def needs_with(change: Change):
+    @functools.cache  # a plan takes seconds, and what helps one memory is sought among the same changes
+    def planned(change: tuple):
         try:
-            return replan(_changed(config, change), on)
+            return replan(_changed(config, dict(change)), on)
         except ConfigError:  # settings that exclude each other
             return None
+
+    def needs_with(change: Change):
+        return planned(tuple(change.items()))
 
     def fits(change: Change) -> bool:
         return (found := needs_with(change)) is not None and not _lacks(found, on)
