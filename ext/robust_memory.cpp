@@ -11,6 +11,7 @@
 namespace kjax {
 std::atomic<int64_t> allocations{0}, held{0}, most_held{0}, refuse_at{-1};
 std::atomic<bool> refuse_files{false};
+void (*while_unmapping)() = nullptr;
 }
 
 namespace {
@@ -45,6 +46,7 @@ void* __wrap_mmap(void* at, size_t size, int protection, int flags, int file, of
   return memory;
 }
 int __wrap_munmap(void* at, size_t size) {
+  if (kjax::while_unmapping) kjax::while_unmapping();
   hold(-static_cast<int64_t>(size));
   return __real_munmap(at, size);
 }

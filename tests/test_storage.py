@@ -302,6 +302,13 @@ except (jax.errors.JaxRuntimeError, ValueError) as error: print(error)
         assert f"{directory}/b.safetensors: cannot be read at byte" in done.stdout, (done.stdout, done.stderr)
 
 
+def test_memory_just_below_a_huge_page_is_given_back():
+    before = status("VmSize")
+    for _ in range(100):
+        _ext.host_memory(2**21 - 32, 0)
+    assert status("VmSize") - before < 50 << 20
+
+
 def test_memory_of_large_calls_is_given_back():
     """A call keeps 41 MB of sums in fp32 for the next; 256 small ones, or closing the last store, free them."""
     code = """
