@@ -24,8 +24,8 @@ void check(const char* name, const Tensor& tensor, Tensor::Type type, std::span<
   const char* const wanted = type == Tensor::Type::kFloat32 ? "float32" : "uint32";
   if (tensor.type != type) throw std::invalid_argument(text("kjax experts: ", name, " must be ", wanted));
   if (!std::ranges::equal(tensor.shape, shape))
-    throw std::invalid_argument(text("kjax experts: ", name, " has shape [", listed(tensor.shape), "], expected [",
-                                     listed(shape), "]"));
+    throw std::invalid_argument(
+        text("kjax experts: ", name, " has shape [", listed(tensor.shape), "], expected [", listed(shape), "]"));
 }
 
 Shape shape_of_a(const Store& store, int p, int64_t rank) {
@@ -51,9 +51,10 @@ AdapterCall::AdapterCall(Call& call, const AdapterSetting& setting, AdapterArray
   for (int p = 0; p < kProjections; ++p) {
     Factors& f = adapters_.of[p];
     f.scale = setting.scales[p];
-    if (f.rank && std::isnan(f.scale))
-      throw std::invalid_argument("kjax experts: an adapter on the host without a scale");
-    if (host_ || std::isnan(f.scale)) continue;
+    if (host_ && (f.rank > 0) != std::isfinite(f.scale))
+      throw std::invalid_argument(text("kjax experts: of the adapters on the host, that of ", kProjectionNames[p],
+                                       " has ", f.rank ? "no scale" : "a scale but no factors"));
+    if (host_ || !std::isfinite(f.scale)) continue;
     const Tensor a = arrays.operand(next++), b = arrays.operand(next++);
     f.rank = a.shape.size() == 3 ? a.shape[1] : 1;
     if (f.rank < 1) throw std::invalid_argument("kjax experts: lora_A has rank 0");

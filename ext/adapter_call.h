@@ -35,7 +35,7 @@ class AdapterArrays {
 
 // What a call says of adapters beside arrays.
 struct AdapterSetting {
-  std::span<const float> scales;  // per projection; NaN: no adapter
+  std::span<const float> scales;  // per projection; not finite: no adapter
   double dropout;                 // below 1; 0: no seed among the operands
   int64_t host;  // the handle of adapters that stay on the host, or -1
 };

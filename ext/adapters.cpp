@@ -12,7 +12,8 @@ namespace kjax {
 namespace {
 
 std::mutex mutex;
-std::map<int, std::shared_ptr<HostAdapters>> bound;  // null: open, but nothing is bound
+// Null: open, but nothing is bound. Never destroyed: a call may be in flight at exit.
+std::map<int, std::shared_ptr<HostAdapters>>& bound = *new std::map<int, std::shared_ptr<HostAdapters>>;
 int next_id = 0;
 
 }  // namespace
@@ -49,7 +50,8 @@ AdapterGradients HostAdapters::gradients_of_layer(int64_t layer) {
   AdapterGradients out = gradients;
   for (int p = 0; p < kProjections; ++p)
     if (const int64_t rank = first[p].rank) {
-      if (!out.a[p]) throw std::invalid_argument("expert adapters: a backward call, but no room for gradients is bound");
+      if (!out.a[p])
+        throw std::invalid_argument("expert adapters: a backward call, but no room for gradients is bound");
       out.a[p] += layer * experts * rank * (p == kDown ? hidden : width);
       out.b[p] += layer * experts * rank * (p == kDown ? width : hidden);
     }

@@ -23,8 +23,10 @@ void release_object(PyObject* object) {
     Py_DECREF(static_cast<PyObject*>(held));
     return 0;
   };
-  if (holds_gil) release(object);
-  else Py_AddPendingCall(release, object);
+  if (holds_gil)
+    release(object);
+  else
+    Py_AddPendingCall(release, object);
 }
 
 // Python's side of a store: the open handle.
@@ -60,10 +62,7 @@ class Handle {
     return store.add_buffer(std::shared_ptr<const uint8_t>(kept_, at), bytes.shape(0));
   }
 
-  int add_file(const std::string& path) {
-    const auto file = std::make_shared<MappedFile>(path);
-    return get().add_buffer(std::shared_ptr<const uint8_t>(file, file->data()), file->size());
-  }
+  int add_file(const std::string& path) { return get().add_file(std::make_shared<MappedFile>(path)); }
 
   void set_nodes(const Array& nodes) { get().set_nodes(data<int32_t>("nodes", nodes, {get().experts})); }
 

@@ -54,9 +54,12 @@ class Clock {
 };
 
 StashKey key_of(const Call& call, const Store& store, const Routing& routing) {
-  return {store.id,         static_cast<int>(call.layer),
-          call.tokens,      call.per_token,
-          routing.routes(), call.adapters ? call.adapters->rank() : 0,
+  return {store.id,
+          static_cast<int>(call.layer),
+          call.tokens,
+          call.per_token,
+          routing.routes(),
+          call.adapters ? call.adapters->rank() : 0,
           hash_idx(call.idx, call.tokens * call.per_token)};
 }
 
@@ -113,6 +116,7 @@ int32_t experts_forward(const Call& call, bool keep, void* y) {
   const std::shared_ptr<const Store> store = open(call);
   const Kernels& kernels = *chosen().kernels;
   Turn turn;
+  store->require_whole();
   Workspace& space = workspace();
   const Clock clock(store->stats.forward_ns);
   space.routing.build(call.idx, call.tokens, call.per_token, store->experts);
@@ -139,6 +143,7 @@ void experts_backward(const Call& call, int32_t slip, const void* dy, void* dx, 
   const std::shared_ptr<const Store> store = open(call);
   const Kernels& kernels = *chosen().kernels;
   Turn turn;
+  store->require_whole();
   Workspace& space = workspace();
   const Clock clock(store->stats.backward_ns);
   space.routing.build(call.idx, call.tokens, call.per_token, store->experts);
@@ -154,8 +159,7 @@ void experts_backward(const Call& call, int32_t slip, const void* dy, void* dx, 
     if (gradients.grown) *gradients.grown = 0;
     return;
   }
-  backward_pass(call, *store, kernels, space, turn, kept ? kept->memory.data() : nullptr, dy, dx, dgate,
-                gradients);
+  backward_pass(call, *store, kernels, space, turn, kept ? kept->memory.data() : nullptr, dy, dx, dgate, gradients);
   if (kept) stash_recycle(std::move(*kept));
   if (!gradients.squares) return;
   const double before = std::exchange(*gradients.squares, squares(turn, space, call, *store, gradients));

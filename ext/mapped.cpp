@@ -38,8 +38,11 @@ struct sigaction previous;
 const uintptr_t page_size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
 
 Range* range_of(uintptr_t address) {
-  for (Range* range = ranges.load(std::memory_order_acquire); range; range = range->next)
-    if (address >= range->begin.load() && address < range->end.load()) return range;
+  for (Range* range = ranges.load(std::memory_order_acquire); range; range = range->next) {
+    // Another file may take the node meanwhile: both ends have to be of the same one.
+    const uintptr_t end = range->end.load();
+    if (address < end && address >= range->begin.load() && range->end.load() == end) return range;
+  }
   return nullptr;
 }
 
@@ -73,11 +76,49 @@ void on_fault(int signal, siginfo_t* info, void*) {
   errno = error;
 }
 
+// What is wrong with a range that has lost something.
+std::string problem(const Range& range) {
+  struct stat status;
+  const bool known = fstat(range.file, &status) == 0;
+  const int error = errno;
+  const size_t now = known ? static_cast<size_t>(status.st_size) : 0;
+  return text(range.path, ": cannot be read at byte ", range.lost.load() - range.begin.load(), ": ",
+              !known             ? std::string(std::strerror(error))
+              : now < range.size ? text("it has ", now, " bytes now and had ", range.size, " when it was opened")
+                                 : std::string("its disk fails"));
+}
+
+[[noreturn]] void tell(const std::string& problems) {
+  throw FileLost(problems + "; put the file back as it was and go on, or open the model again");
+}
+
+// Maps what a range has lost again; false where the file is beyond that (another took its place on a server, say) and
+// the zeros stay. It is mapped elsewhere first, so that its addresses are never free for others to take.
+bool map_again(Range& range) {
+  const uintptr_t lost = range.lost.load(), begin = range.begin.load(), end = range.end.load();
+  void* const data = mmap(nullptr, end - lost, PROT_READ, MAP_SHARED, range.file, static_cast<off_t>(lost - begin));
+  if (data == MAP_FAILED) return false;
+  range.lost.store(0);
+  if (mremap(data, end - lost, end - lost, MREMAP_MAYMOVE | MREMAP_FIXED, reinterpret_cast<void*>(lost)) != MAP_FAILED)
+    return true;
+  munmap(data, end - lost);
+  range.lost.store(lost);
+  return false;
+}
+
 }  // namespace
 
 MappedFile::MappedFile(const std::string& path) {
   const auto fail = [&](const char* what) { throw FileLost(text(path, ": ", what, " (", std::strerror(errno), ")")); };
   std::lock_guard lock(mutex);
+  range_ = ranges.load();
+  while (range_ && range_->end.load()) range_ = range_->next;
+  if (!range_) {
+    range_ = new Range;
+    range_->next = ranges.load();
+    ranges.store(range_, std::memory_order_release);
+  }
+  range_->path = path;
   const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (file < 0) fail("cannot be opened");
   struct stat status;
@@ -92,14 +133,6 @@ MappedFile::MappedFile(const std::string& path) {
     errno = error;
     fail("cannot be mapped");
   }
-  range_ = ranges.load();
-  while (range_ && range_->end.load()) range_ = range_->next;
-  if (!range_) {
-    range_ = new Range;
-    range_->next = ranges.load();
-    ranges.store(range_, std::memory_order_release);
-  }
-  range_->path = path;
   range_->size = static_cast<size_t>(status.st_size);
   range_->file = file;
   range_->begin.store(reinterpret_cast<uintptr_t>(data));
@@ -118,11 +151,19 @@ MappedFile::~MappedFile() {
 const uint8_t* MappedFile::data() const { return reinterpret_cast<const uint8_t*>(range_->begin.load()); }
 size_t MappedFile::size() const { return range_->size; }
 
+void MappedFile::require_whole() const {
+  if (!range_->lost.load()) return;
+  std::lock_guard lock(mutex);
+  const std::string found = problem(*range_);
+  if (!map_again(*range_)) tell(found);
+}
+
 bool file_lost() { return any_lost.load(std::memory_order_relaxed); }
 
 void watch_files() {
   if (!ranges.load(std::memory_order_acquire)) return;
   std::lock_guard lock(mutex);
+  any_lost.store(false);
   struct sigaction now;
   sigaction(SIGBUS, nullptr, &now);
   if ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_fault) return;
@@ -136,25 +177,17 @@ void watch_files() {
 }
 
 void require_files() {
-  if (!any_lost.load()) return;
+  if (!any_lost.exchange(false)) return;
   std::lock_guard lock(mutex);
-  any_lost.store(false);
   std::string problems;
   for (Range* range = ranges.load(); range; range = range->next) {
-    const uintptr_t lost = range->lost.exchange(0), begin = range->begin.load(), end = range->end.load();
-    if (!lost) continue;
-    struct stat status;
-    const size_t now = fstat(range->file, &status) == 0 ? static_cast<size_t>(status.st_size) : 0;
-    problems += text(problems.empty() ? "" : "; ", range->path, ": cannot be read at byte ", lost - begin, ": ",
-                     now < range->size ? text("it has ", now, " bytes now and had ", range->size, " when it was opened")
-                                       : std::string("its disk fails"));
-    if (mmap(reinterpret_cast<void*>(lost), end - lost, PROT_READ, MAP_SHARED | MAP_FIXED, range->file,
-             static_cast<off_t>(lost - begin)) != MAP_FAILED)
-      continue;
-    // The file is beyond mapping (another one took its place on a server, say): zeros again, and no call goes by them.
-    replace_by_zeros(lost);
+    if (!range->lost.load()) continue;
+    problems += text(problems.empty() ? "" : "; ", problem(*range));
+    map_again(*range);  // where it fails, require_whole() refuses the next call
   }
-  if (!problems.empty()) throw FileLost(problems + "; put the file back as it was and go on");
+  if (problems.empty())
+    throw FileLost("a mapped file was lost and is closed since: what read it has stopped; call again");
+  tell(problems);
 }
 
 void read_ahead(const uint8_t* data, size_t bytes) {
@@ -166,7 +199,7 @@ void read_ahead(const uint8_t* data, size_t bytes) {
   // One byte in the middle tells for all: a strip of experts is read and dropped as a whole.
   char byte;
   const iovec one{&byte, 1};
-  if (preadv2(range->file, &one, 1, first + static_cast<off_t>(bytes / 2), RWF_NOWAIT) == 1 || errno != EAGAIN) return;
+  if (preadv2(range->file, &one, 1, first + static_cast<off_t>(bytes / 2), RWF_NOWAIT) != -1 || errno != EAGAIN) return;
   constexpr size_t kPiece = size_t{1} << 20;  // the kernel cuts one request to its largest read, often no more
   for (size_t done = 0; done < bytes; done += kPiece)
     posix_fadvise(range->file, first + static_cast<off_t>(done), static_cast<off_t>(std::min(kPiece, bytes - done)),

@@ -1,13 +1,15 @@
 // What the self-test does not look at: every decode over random bytes, shapes and places between unmapped pages; memory
-// refused at each single allocation; no allocation in a steady call, and how much first calls allocate; experts read by
-// threads of their memory node; mapped files that are cold or lost; calls and closings from several threads at once.
-//   kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | memory | nodes | files | together [SECONDS]
+// refused at each single allocation; no allocation in a steady call, and how much first calls allocate; calls from a
+// thread with arithmetic of its own; experts read by threads of their memory node; mapped files that are cold or lost;
+// calls and closings from several threads at once.
+//   kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | modes | memory | nodes | files | together [SECONDS]
 // Exit status 1 and a line that says how to repeat it when something is wrong. Meant for builds with sanitizers too.
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -198,6 +200,29 @@ int steady() {
   return !good;
 }
 
+// Calls from a thread that flushes denormals and rounds upwards, over numbers whose products are denormal.
+int modes() {
+  Example example(Format::kFp32, 7);
+  for (float& x : example.x) x *= 1e-20f;
+  const uint64_t expected = example.results();
+  std::fesetround(FE_UPWARD);
+#if defined(__x86_64__)
+  const uint32_t before = __builtin_ia32_stmxcsr();
+  __builtin_ia32_ldmxcsr(before | 0x8040);
+#endif
+  const uint64_t results = example.results();
+  bool kept = std::fegetround() == FE_UPWARD;
+#if defined(__x86_64__)
+  kept = kept && (__builtin_ia32_stmxcsr() & 0x8040) == 0x8040;
+  __builtin_ia32_ldmxcsr(before);
+#endif
+  std::fesetround(FE_TONEAREST);
+  const bool good = results == expected && kept;
+  std::printf("modes: results %s on the caller's rounding and denormals, which %s\n",
+              results == expected ? "do not depend" : "DEPEND", kept ? "stay" : "ARE CHANGED");
+  return !good;
+}
+
 // What the first calls on the threads there are take besides weights and the caller's arrays, at the width of
 // DeepSeek-V3: with few tokens, and how much more with many, whose rows would take 2.5 times their bound at once.
 int memory() {
@@ -262,12 +287,14 @@ int main(int argc, char** argv) {
   row_memory = 0;  // small calls, whose segments take turns in memory all the same
   if (what == "refusals") return refusals();
   if (what == "steady") return steady();
+  if (what == "modes") return modes();
   if (what == "memory") return memory();
   if (what == "nodes") return nodes_first();
   if (what == "files") return files();
   if (what == "together") return together(argc > 2 ? std::atof(argv[2]) : 5);
-  std::fputs("kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | memory | nodes | files | together [SECONDS]\n",
-             stderr);
+  std::fputs(
+      "kjax_robust fuzz [SECONDS [SEED]] | refusals | steady | modes | memory | nodes | files | together [SECONDS]\n",
+      stderr);
   return 2;
 }
 

@@ -28,8 +28,10 @@ size_t default_budget() {
 
 std::mutex mutex;
 // Some for each layer of a step: few enough to be searched one by one, and vectors do not allocate in a steady step.
-std::vector<Entry> entries;      // oldest first
-std::vector<Activations> spare;  // memory of entries taken, so that a step after the first asks the system for none
+// Never destroyed: a call may be in flight at exit.
+std::vector<Entry>& entries = *new std::vector<Entry>;  // oldest first
+// Memory of entries taken, so that a step after the first asks the system for none.
+std::vector<Activations>& spare = *new std::vector<Activations>;
 size_t budget = default_budget();
 size_t held = 0, spare_held = 0;
 int64_t hits = 0, misses = 0, evicted = 0;
@@ -76,9 +78,9 @@ int32_t stash_draw_slip() {
 
 std::optional<Activations> stash_room(size_t bytes) {
   std::lock_guard lock(mutex);
-  if (bytes > budget) return std::nullopt;
-  Activations room;
   const size_t whole = Memory::whole(bytes);
+  if (whole > budget) return std::nullopt;
+  Activations room;
   for (auto it = spare.begin(); it != spare.end(); ++it)
     // A much larger one would waste the budget.
     if (it->memory.size() >= whole && it->memory.size() <= whole + whole / 4) {

@@ -28,7 +28,8 @@ int64_t scale_bytes(Format format, const Matrix& w) {
 }
 
 std::mutex registry_mutex;
-std::map<int, std::shared_ptr<Store>> registry;
+std::map<int, std::shared_ptr<Store>>& registry =
+    *new std::map<int, std::shared_ptr<Store>>;  // a call may outlive exit
 int next_id = 0;
 
 }  // namespace
@@ -74,6 +75,16 @@ void Store::check_indices(int layer, int expert, int projection) const {
 int Store::add_buffer(std::shared_ptr<const uint8_t> bytes, size_t size) {
   buffers_.push_back({std::move(bytes), size});
   return static_cast<int>(buffers_.size()) - 1;
+}
+
+int Store::add_file(std::shared_ptr<const MappedFile> file) {
+  const int number = add_buffer({file, file->data()}, file->size());
+  files_.push_back(std::move(file));
+  return number;
+}
+
+void Store::require_whole() const {
+  for (const auto& file : files_) file->require_whole();
 }
 
 const uint8_t* Store::range(const std::string& what, int32_t buffer, int64_t offset, int64_t bytes,
@@ -150,6 +161,7 @@ void Store::decode(int layer, int expert, int projection, float* out) const {
   check_layer(layer);
   const Matrix w = matrix(layer, expert, projection);
   const Turn turn;
+  require_whole();
   for (int64_t r = 0; r < w.rows; ++r) decode_row(format, w, r, 0, w.cols, out + r * w.cols);
   require_files();
 }
@@ -173,7 +185,9 @@ std::vector<std::pair<int, int>> Store::nonfinite(int layer) const {
       bad[t] = sum != 0.0f;
     }
   };
-  run(job);
+  Turn turn;
+  require_whole();
+  turn.run(job);
   std::vector<std::pair<int, int>> found;
   for (int t = 0; t < tasks; ++t)
     if (bad[t]) found.emplace_back(t / kProjections, t % kProjections);

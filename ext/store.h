@@ -23,6 +23,8 @@ struct FormatInfo {
 extern const FormatInfo kFormatInfo[kFormats];
 Format parse_format(const std::string& name);
 
+class MappedFile;
+
 struct Stats {
   std::atomic<int64_t> forward{0}, backward{0}, recomputed{0}, tokens{0}, routes{0}, forward_ns{0}, backward_ns{0};
 };
@@ -33,6 +35,7 @@ class Store {
   Store(int layers, int experts, int64_t width, int64_t hidden, Format format);
 
   int add_buffer(std::shared_ptr<const uint8_t> bytes, size_t size);  // kept until the last call in flight is done
+  int add_file(std::shared_ptr<const MappedFile> file);
   // Where one projection of all experts of a layer lies; every range and alignment is checked, once.
   void place(int layer, int projection, const int32_t* buffer, const int64_t* offset, const int32_t* scale_buffer,
              const int64_t* scale_offset);
@@ -43,6 +46,7 @@ class Store {
   bool split() const { return !node_of_.empty(); }  // over more than one node
 
   void check_layer(int layer) const;  // in range and with all three projections placed
+  void require_whole() const;         // MappedFile::require_whole of its files; within a turn
   Matrix matrix(int layer, int expert, int projection) const;
   void read_ahead(int layer, int expert) const;  // starts reading what mapped files have not in memory
   void decode(int layer, int expert, int projection, float* out) const;  // out [rows, cols]
@@ -68,6 +72,7 @@ class Store {
   size_t index(int layer, int expert, int projection) const;
 
   std::vector<Buffer> buffers_;
+  std::vector<std::shared_ptr<const MappedFile>> files_;
   std::vector<Place> places_;
   std::vector<int> node_of_;
   std::unique_ptr<std::atomic<uint8_t>[]> placed_;  // per layer, one bit per projection; set after its places

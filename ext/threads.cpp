@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cfenv>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
@@ -38,6 +39,20 @@ inline void pause() {
 // About a tenth of a millisecond: longer than the gap between two calls of a layer, too short to be seen as load.
 constexpr int kSpins = 2000;
 
+// Rounding to nearest, and denormals as they are: callers differ (XLA's threads flush them), and which thread takes a
+// task is chance.
+class PlainArithmetic {
+ public:
+  PlainArithmetic() {
+    std::fegetenv(&callers_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~PlainArithmetic() { std::fesetenv(&callers_); }
+
+ private:
+  std::fenv_t callers_;
+};
+
 }  // namespace
 
 void cancel(bool on) { cancelled.store(on); }
@@ -50,8 +65,10 @@ void Worker::check() const {
 void Worker::wait_for(const std::atomic<int32_t>& counter, int32_t value) const {
   for (int spins = 0; counter.load(std::memory_order_acquire) < value; ++spins) {
     if (failed_->load(std::memory_order_relaxed) || file_lost()) throw Aborted();
-    if (spins < kSpins) pause();
-    else std::this_thread::yield();  // more threads than cores: the one waited for needs this core
+    if (spins < kSpins)
+      pause();
+    else
+      std::this_thread::yield();  // more threads than cores: the one waited for needs this core
   }
 }
 
@@ -83,8 +100,10 @@ class Pool {
     generation_.notify_all();
     part(*workers_[0]);
     for (int spins = 0; int32_t left = running_.load(std::memory_order_acquire); ++spins) {
-      if (spins < kSpins) pause();
-      else running_.wait(left, std::memory_order_acquire);
+      if (spins < kSpins)
+        pause();
+      else
+        running_.wait(left, std::memory_order_acquire);
     }
     const std::exception_ptr error = std::exchange(error_, nullptr);
     require_files();
@@ -133,6 +152,7 @@ class Pool {
   }
 
   void part(Worker& worker) {
+    const PlainArithmetic plain;
     try {
       (*job_)(worker);
     } catch (const Aborted&) {

@@ -81,7 +81,7 @@ class Model(_Checked):
     stash_gb: float | None = None  # host memory for kept activations; None: a quarter of what is free
 
     def _check(self):
-        self._require(self.stash_gb is None or self.stash_gb >= 0, "stash_gb", "must not be negative")
+        self._require(self.stash_gb is None or 0 <= self.stash_gb <= 1e6, "stash_gb", "must be between 0 and 1e6")
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ for what in "${@:-address thread plain static}"; do for one in $what; do
     plain)
         build plain ""
         check plain build/plain/kjax_robust steady
+        check plain build/plain/kjax_robust modes
         check plain build/plain/kjax_robust nodes
         check plain build/plain/kjax_robust files
         check plain KJAX_THREADS=64 build/plain/kjax_robust memory

@@ -316,8 +316,11 @@ def test_what_a_call_says_of_adapters_is_checked():
         host = HostLora(store)
         with host.bound({"gate_proj": {"lora_A": a, "lora_B": b}}):
             call([], [1.0, nan, nan], 0.0, host.id)
-            for message, changed in {"layer 4294967296 is not in": dict(layer=2**32), "without a scale": dict(
-                    scales=[nan, 1.0, nan]), "closed": dict(host=2**32 + host.id)}.items():
+            for message, changed in {
+                "layer 4294967296 is not in": dict(layer=2**32), "closed": dict(host=2**32 + host.id),
+                "gate_proj has no scale": dict(scales=[nan, 1.0, nan]),
+                "up_proj has a scale but no factors": dict(scales=[1.0, 1.0, nan]),
+            }.items():
                 with pytest.raises(ValueError, match=message):
                     call([], **dict(scales=[1.0, nan, nan], host=host.id) | changed)
 

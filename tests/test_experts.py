@@ -148,3 +148,23 @@ def test_vmap_is_refused(transport):
     weights, x, idx, gate, _ = cases.problem(np.random.default_rng(10))
     with cases.store(weights, transport) as store, pytest.raises((NotImplementedError, ValueError), match="vmap"):
         jax.vmap(lambda x: host_experts(store, 0, x, idx, gate))(np.stack([x, x]))
+
+
+def test_a_call_outside_of_jit_is_compiled_once(transport):
+    weights, x, idx, gate, _ = cases.problem(np.random.default_rng(3))
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with cases.store(weights, transport) as store:
+            first = np.asarray(host_experts(store, 0, x, idx, gate))
+            assert compiled
+            compiled.clear()
+            again = np.asarray(host_experts(store, 0, x, idx, gate))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled and np.array_equal(first, again)

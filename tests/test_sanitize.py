@@ -27,6 +27,7 @@ def robust(tmp_path_factory) -> Path:
     ("fuzz 3 7", 3, "fuzz: "), ("fuzz 0 169", 1, "fuzz: "),  # 169: rows end half a block before the next panel would
     ("steady", 3, "steady: 0 allocations in 60 calls on int4_group32 with adapters on the host"),
     ("refusals", 3, "an exception every time, and the next call right"), ("together 2", 3, ", 0 wrong"),
+    ("modes", 2, "do not depend on the caller's rounding and denormals, which stay"),
     ("nodes", 2, "each thread those of its node before others"), ("files", 1, "is told by every call"),
     ("memory", 64, "memory: first calls on 64 threads take"),
 ])  # fmt: skip

@@ -178,3 +178,16 @@ def test_memory_for_later_entries_is_used_again():
             jax.vjp(lambda x: host_experts(store, 0, x, idx, gate), x)[1](dy)
             spare.append(stash.stats()["spare"])
     assert spare[0] > 0 and spare == spare[:1] * 4
+
+
+def test_an_entry_that_fits_in_bytes_but_not_in_pages_displaces_none():
+    """Memory of more than 2 MiB comes in whole ones: 2.5 MB take 4.2, which a budget of 3.5 MB has not."""
+    d, f, rows = 8, 256, 1250
+    weights, x, idx, gate, _ = cases.problem(np.random.default_rng(4), n=rows, d=d, f=f, k=1, holes=0)
+    stash.set_budget(3.5e-3)
+    with cases.store(weights, "ffi") as store:
+        few = jax.vjp(lambda x: host_experts(store, 0, x, idx[:40], gate[:40]), x[:40])
+        many = jax.vjp(lambda x: host_experts(store, 0, x, idx, gate), x)
+        assert held() == 1
+        few[1](few[0]), many[1](many[0])
+        assert store.stats()["recomputed"] == 1

@@ -59,7 +59,8 @@ def _backward_on_host(layer, slip, x, idx, gate, dy, *more, store, **setting):
 def _setting(lora: ExpertLora | None) -> dict:
     """What a call says of adapters beside arrays: the attributes of the FFI handlers."""
     scales = dict(lora.scales) if lora else {}
-    return {"scales": np.array([scales.get(name, np.nan) for name in PROJECTIONS], np.float32),  # NaN: no adapter
+    # Infinite: no adapter. NaN is not equal to itself, and a call outside of jit would be compiled each time.
+    return {"scales": tuple(float(np.float32(scales.get(name, np.inf))) for name in PROJECTIONS),
             "dropout": np.float64(lora.dropout if lora and lora.seed is not None else 0.0),
             "host": np.int64(lora.host.id if lora and lora.host else -1)}
 
@@ -74,18 +75,25 @@ def _operands(lora: ExpertLora | None) -> list:
 
 def _adapters(more, *, scales, dropout, host):
     """The arrays and attributes of a call as the kernels take them."""
-    if np.isnan(scales).all():
+    if np.isinf(scales).all():
         return None
-    return [np.asarray(array) for array in more], scales.tolist(), float(dropout), int(host)
+    return [np.asarray(array) for array in more], list(scales), float(dropout), int(host)
+
+
+@functools.lru_cache(1024)
+def _bound(function, **attributes):
+    """One object for one function and setting: by it JAX knows what it has compiled for a call outside of jit."""
+    return functools.partial(function, **attributes)
 
 
 def _call(store, target: str, host_function, attributes: dict, results, layer, *operands):
     """One execution over the store's transport; results differ between the devices of a shard_map as x does."""
     if resolve(store.transport) == "ffi":
         _register()
+        attributes = attributes | {"scales": np.array(attributes["scales"], np.float32)}
         out = jax.ffi.ffi_call(target, results)(layer, *operands, **attributes)
     else:
-        out = jax.pure_callback(functools.partial(host_function, **attributes), results, layer, *operands)
+        out = jax.pure_callback(_bound(host_function, **attributes), results, layer, *operands)
     varying = set().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
     return [jax.lax.pcast(result, tuple(varying - jax.typeof(result).manual_axis_type.varying), to="varying")
             for result in out] if varying else out

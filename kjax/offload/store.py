@@ -48,11 +48,15 @@ class ExpertStore:
         self._open(len(projections), len(projections[0]), width, hidden, _format(first), transport, storage)
         try:
             place = (self._map if storage == "mapped" else functools.partial(self._copy, show=progress))(projections)
-            place = self._widened(projections, place)
+            self._place(projections, self._widened(projections, place))
+            if check:
+                self._require_finite(projections)
         except BaseException:
             self.close()
             raise
 
+    def _place(self, projections, place: Callable[[Entry], tuple[int, int]]) -> None:
+        """Tells the kernels where every tensor lies."""
         def where(entries):
             """The buffers and offsets of one tensor of every expert."""
             buffers, offsets = zip(*map(place, entries), strict=True)
@@ -66,8 +70,6 @@ class ExpertStore:
                 else:
                     places = *where(weights), None, None
                 self._ext.place(layer, number, *places)
-        if check:
-            self._require_finite(projections)
 
     @classmethod
     def from_arrays(cls, gate, up, down, *, transport="auto") -> "ExpertStore":
@@ -147,7 +149,6 @@ class ExpertStore:
         wrong = [projections[layer][expert][PROJECTIONS[projection]].name
                  for layer in range(self.layers) for expert, projection in self._ext.nonfinite(layer)]
         if wrong:
-            self.close()
             raise CheckpointError("NaN or Inf in routed experts, the checkpoint is damaged:\n  " + "\n  ".join(wrong))
 
     def decode(self, layer: int, expert: int, projection: str) -> np.ndarray:
