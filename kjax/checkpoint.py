@@ -126,13 +126,12 @@ class Checkpoints:
             return False
 
     def restore(self, step: int, like):
-        """The state of a verified step; `like`: a state of the same structure, shapes and shardings."""
+        """The state of a verified step; like: a state's structure as jax.ShapeDtypeStructs with shardings."""
         import orbax.checkpoint as ocp  # here: only a run that saves or resumes needs it
 
         directory = self.path(step) / STATE
-        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         wanted = {jax.tree_util.keystr(path, simple=True, separator="."): (leaf.shape, leaf.dtype)
-                  for path, leaf in jax.tree_util.tree_leaves_with_path(template)}
+                  for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
         try:
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 leaves = jax.tree.leaves(checkpointer.metadata(directory).item_metadata.tree)
@@ -140,7 +139,7 @@ class Checkpoints:
                 if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
                     raise RunError(f"{directory}: does not fit this run's adapter and optimiser: "
                                    f"{_shape(found, wrong)} saved, {_shape(wanted, wrong)} wanted")
-                state = checkpointer.restore(directory, args=ocp.args.StandardRestore(template))
+                state = checkpointer.restore(directory, args=ocp.args.StandardRestore(like))
         except RunError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds

@@ -23,7 +23,8 @@ from kjax.log import RunLog, StepTimes
 from kjax.offload.host_lora import HostLora
 from kjax.offload.store import ExpertStore
 from kjax.progress import StepProgress
-from kjax.run import CONFIG, ENV, OPERATIVE, Run, RunDirectory
+from kjax.run import Run
+from kjax.run_directory import CONFIG, ENV, OPERATIVE, RunDirectory
 
 
 class _Compiled:
@@ -51,6 +52,11 @@ class _Compiled:
     @staticmethod
     def _shapes(args) -> tuple:
         return tuple(sorted((name, array.shape) for name, array in args[-1].items()))
+
+
+# What makes a loss that is no number less likely.
+LESS_LIKELY = ("A lower Optimizer.learning_rate, more warm-up or clipping may help; float32 tells whether it is a "
+               "matter of rounding")
 
 
 class Fit:
@@ -97,7 +103,7 @@ class Fit:
                     if not _failed_inside(error):
                         raise
                     raise RunError(f"{self.doing} failed: {_brief(error)}. {self._last_saved()}") from error
-                if status == "finished" and self.done < self.total:
+                if status == "finished" and (self.done < self.total or self._evaluation_due()):
                     status = "interrupted"
                 signal = self.interrupts.requested if status != "finished" else None
         finally:
@@ -125,13 +131,16 @@ class Fit:
         self.eval_step = hosted.EvalStep(self.host_lora, self.eval_step)
 
     def _initial_state(self, chosen, resume_step: int | None) -> step.State | hosted.HostedState:
+        states = hosted if self.host_lora else step
+        if resume_step is not None:
+            like = states.abstract_state(lora.abstract(self.job.spec, self.job.linears), chosen)
+            return self.directory.checkpoints.restore(resume_step, like)
         tree = self.job.adapter
         # What stays on the host would not fit on the device, not even to be drawn.
         with jax.default_device(hosted.cpu()) if self.host_lora else contextlib.nullcontext():
             if tree is None:
                 tree = lora.init(self.job.spec, self.job.linears, jax.random.key(self.settings.seed))
-        state = (hosted if self.host_lora else step).initial_state(tree, chosen)
-        return state if resume_step is None else self.directory.checkpoints.restore(resume_step, state)
+        return states.initial_state(tree, chosen)
 
     def _write_record(self) -> None:
         self.directory.write(CONFIG, gin_config.text(self.job.config, defaults=False))
@@ -175,8 +184,7 @@ class Fit:
         seconds = time.monotonic() - started
         if not metrics.finite:
             raise RunError(f"step {number} made a loss of {metrics.loss} with a gradient norm of {metrics.grad_norm}: "
-                           f"the run stops before its update. {self._last_saved()}. A lower Optimizer.learning_rate, "
-                           "more warm-up or clipping may help; float32 tells whether it is a matter of rounding")
+                           f"the run stops before its update. {self._last_saved()}. {LESS_LIKELY}")
         tokens = int((batch["segments"] > 0).sum())
         times = StepTimes(seconds, self._host_seconds() - host, tokens, batch["segments"].size)
         rate = float(self.schedule(self.done))
@@ -198,11 +206,10 @@ class Fit:
             total, count = total + float(part[0]), count + float(part[1])
         loss = total / max(count, 1.0)
         if not math.isfinite(loss):
-            if self.done > self.saved:
-                self._save()
+            cause = LESS_LIKELY if self.done else "It is the base, or Model.adapter"
             raise RunError(f"the evaluation after step {self.done} made a loss of {loss}: the run stops. "
-                           f"{self._last_saved()}. A lower Optimizer.learning_rate, more warm-up or clipping may help; "
-                           "float32 tells whether it is a matter of rounding")
+                           f"{self._last_saved()}. {cause}")
+        self.doing = ""
         self.log.evaluation(self.done, loss=loss, epoch=self.done / len(self.job.batches),
                             elapsed=time.monotonic() - self.started)
         self.progress.say(f"evaluation loss after {self.done} steps: {loss:.4f}")
@@ -252,11 +259,14 @@ class Fit:
         return f"The state of step {self.saved} is in {self.directory.checkpoints.path(self.saved)}"
 
     def _acknowledge(self, number: int) -> None:
-        left = self.progress.expected() if self.doing.startswith("step") else None
+        stepping = self.doing.startswith("step")
+        left = self.progress.expected() if stepping else None
         about = "" if left is None else f", about {left:.0f} s"
         if number == 1:
-            what = f"finishing {self.doing}{about}" if self.doing else f"stopping after step {self.done}"
-            self.progress.say(f"{what}, then saving; again to stop now")
+            way = "giving up" if self.doing.startswith("evaluating") else "finishing"
+            what = f"{way} {self.doing}{about}" if self.doing else f"stopping after step {self.done}"
+            saves = stepping or self.done > self.saved and not self.doing.startswith("saving")
+            self.progress.say(f"{what}{', then saving' if saves else ''}; again to stop now")
         else:
             lost = f"{self.doing} is lost. " if self.doing and not self.doing.startswith("saving") else ""
             self.progress.say(f"stopping now: {lost}{self._last_saved()}; once more to wait for nothing")

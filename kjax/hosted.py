@@ -45,6 +45,13 @@ def initial_state(tree: dict, optimizer: optax.GradientTransformation) -> Hosted
                        host_optimizer)
 
 
+def abstract_state(tree: dict, optimizer: optax.GradientTransformation) -> HostedState:
+    """The shapes of initial_state and where its arrays lie, to restore into; tree: shapes of the whole adapter."""
+    device, host = split(tree)
+    return HostedState(step.abstract_state(device, optimizer), step.placed(host, cpu()),
+                       step.placed(jax.eval_shape(optimizer.init, host), cpu()))
+
+
 def device_step(gradients: Callable, optimizer: optax.GradientTransformation, clip_norm: float | None,
                 layers: int) -> Callable:
     """step(state, params, batch) -> (state, Metrics) of the device's part; Metrics.grad_norm is over both parts.

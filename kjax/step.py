@@ -32,6 +32,17 @@ def initial_state(lora: dict, optimizer: optax.GradientTransformation) -> State:
     return State(lora, optimizer.init(lora), jnp.zeros((), jnp.int32))
 
 
+def abstract_state(lora: dict, optimizer: optax.GradientTransformation) -> State:
+    """The shapes of initial_state and where its arrays lie, to restore into; lora: shapes."""
+    return placed(jax.eval_shape(lambda tree: initial_state(tree, optimizer), lora), jax.local_devices()[0])
+
+
+def placed(shapes, device: jax.Device):
+    """A tree of shapes whose arrays are to lie on a device."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
 def batch_loss(model, unembed: Callable, chunk: int, lora: dict, params: dict, batch: Mapping, *, dropout_key=None):
     """The summed cross-entropy of a batch of [B,T] int32 arrays tokens, targets, positions, segments; and the count.
 

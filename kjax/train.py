@@ -10,7 +10,8 @@ from kjax.identity import Identity, differences
 from kjax.offload import stash
 from kjax.offload.store import ExpertStore
 from kjax.progress import banner
-from kjax.run import Run, RunDirectory
+from kjax.run import Run
+from kjax.run_directory import RunDirectory
 from kjax.weights.load import load_params, open_experts
 from kjax.weights.safetensors import Checkpoint
 
@@ -32,6 +33,8 @@ def train(config: Config, resume: bool | str = False, overwrite: bool = False, *
     with RunDirectory(config.train.run_dir, keep=config.train.keep, resume=bool(resume),
                       overwrite=overwrite) as directory:
         env.check()
+        if overwrite and config.model.adapter is not None:
+            directory.require_outside("Model.adapter", config.model.adapter)
         saved = _saved_state(directory, console) if resume else None
         prepared = job.prepare(config)
         rows = job.rows(prepared, directory.path, _ext.isa()["name"], _ext.threads())
@@ -39,13 +42,13 @@ def train(config: Config, resume: bool | str = False, overwrite: bool = False, *
         if saved is not None:
             _compare(saved, prepared.identity, console, force=resume == "changed")
         saves = saves_to_come(config.train.save_steps, 0 if saved is None else saved["step"], prepared.total_steps)
-        directory.require_space(prepared.table.training_bytes, saves)  # as much as gradients: state and PEFT files
-        directory.clear()
+        directory.require_space(prepared.table.training_bytes, saves)  # 16 bytes a number: 12 of state, 4 of adapter
         params, store = _load(config, prepared)
         if store is not None and store.refused:
             console.print(f"experts may lie on another memory node than the threads that read them: {store.refused}",
                           soft_wrap=True, markup=False)
         try:
+            directory.clear()
             return Fit(prepared, directory, params, store, console).run(None if saved is None else saved["step"])
         except OSError as error:
             raise RunError(f"{directory.path}: cannot be written ({error.strerror or error}); what was saved before "

@@ -19,7 +19,7 @@ from kjax import checkpoint, config, step
 from kjax.errors import RunError
 from kjax.identity import Identity, differences
 from kjax.optimizer import optimizer
-from kjax.run import RunDirectory
+from kjax.run_directory import RunDirectory
 
 CONFIG = config.Config(model=config.Model(directory="base"), data=config.Data(dataset="rows.jsonl"),
                        train=config.Train(run_dir="run"))
@@ -222,7 +222,7 @@ def test_a_run_directory_is_not_taken_twice(tmp_path):
 
 
 def test_a_lock_held_by_another_process(tmp_path):
-    program = (f"from kjax.run import RunDirectory; import sys\n"
+    program = (f"from kjax.run_directory import RunDirectory; import sys\n"
                f"with RunDirectory({str(tmp_path / 'run')!r}, keep=1, resume=False, overwrite=False):\n"
                f"    print('held', flush=True); sys.stdin.read()")
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
@@ -322,7 +322,7 @@ def test_a_run_without_a_saved_state_can_only_be_replaced(tmp_path):
 
 def test_the_space_needed_is_that_of_the_saves_to_come(tmp_path, monkeypatch):
     def allowed(directory, free, saves):
-        monkeypatch.setattr("kjax.run.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))
         try:
             directory.require_space(1000, saves)
         except RunError as error:
@@ -331,11 +331,13 @@ def test_the_space_needed_is_that_of_the_saves_to_come(tmp_path, monkeypatch):
         return True
 
     with open_directory(tmp_path / "new") as directory:
-        for saves, needed in ((1, 1250), (2, 2500), (3, 3500), (9, 3500)):  # keep is 2
+        for saves, needed in ((1, 1250), (2, 2500), (3, 3250), (9, 3250)):  # keep is 2
             assert allowed(directory, needed, saves) and not allowed(directory, needed - 1, saves)
     path = finished_run(tmp_path / "run")
     with open_directory(path, resume=True) as directory:
-        assert allowed(directory, 0, 0) and allowed(directory, 2500, 9) and not allowed(directory, 2499, 9)
+        # One state and the adapter are there: a second and a third state, before the first goes.
+        assert allowed(directory, 0, 0) and allowed(directory, 2000, 9) and not allowed(directory, 1999, 9)
+        assert allowed(directory, 1250, 1) and not allowed(directory, 1249, 1)
     (path / "adapter" / "adapter_model.safetensors").write_bytes(b"x" * 1250)
     with open_directory(path, overwrite=True) as directory:
         assert allowed(directory, 0, 1), "what is replaced makes room"

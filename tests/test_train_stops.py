@@ -36,32 +36,49 @@ def test_a_loss_that_is_no_number_stops_the_run(workshop):
     assert len(log.read(directory / log.LOG)) == 2
 
 
+def evaluation(failing, at: int):
+    """Fit._define_steps with an evaluation that does something else after `at` steps."""
+    original = Fit._define_steps
+
+    def define(self, *args):
+        original(self, *args)
+        works, self.eval_step = self.eval_step, lambda *args: failing() if self.done == at else works(*args)
+        self.eval_step.prepare = works.prepare
+    return define
+
+
+@pytest.mark.parametrize("at, said", [(0, "It is the base, or Model.adapter"), (1, "A lower Optimizer.learning_rate")])
+def test_what_gives_no_number_is_not_saved(workshop, monkeypatch, at, said):
+    monkeypatch.setattr(Fit, "_define_steps", evaluation(lambda: (float("nan"), 1.0), at))
+    with pytest.raises(RunError, match=f"after step {at} made a loss of nan.*Nothing has been saved yet. {said}"):
+        train(tiny.settings(workshop, f"no number {at}", train__eval_steps=1), console=tiny.quiet())
+    assert tiny.saved_steps(workshop / f"no number {at}") == []
+
+
 def test_a_run_is_saved_before_its_last_evaluation(workshop, monkeypatch):
-    """Evaluations fail, then give no number, then work; the run is the same as one without trouble."""
+    """Evaluations fail, give no number, are stopped, then work; the run is the same as one without trouble."""
     changes = {"train__steps": 2}
     whole = train(tiny.settings(workshop, "untroubled", **changes), console=tiny.quiet())
     config = tiny.settings(workshop, "troubled", **changes)
-
-    def evaluation(failing):
-        original = Fit._define_steps
-
-        def define(self, *args):
-            original(self, *args)
-            works, self.eval_step = self.eval_step, lambda *args: failing() if self.done == 2 else works(*args)
-            self.eval_step.prepare = works.prepare
-        return define
 
     def out_of_memory():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Fit, "_define_steps", evaluation(out_of_memory))
+        patch.setattr(Fit, "_define_steps", evaluation(out_of_memory, 2))
         with pytest.raises(RunError, match="evaluating 1/.* failed.*The state of step 2 is in .*checkpoints/2"):
             train(config, console=tiny.quiet())
     with monkeypatch.context() as patch:
-        patch.setattr(Fit, "_define_steps", evaluation(lambda: (float("nan"), 1.0)))
+        patch.setattr(Fit, "_define_steps", evaluation(lambda: (float("nan"), 1.0), 2))
         with pytest.raises(RunError, match="evaluation after step 2 made a loss of nan.*The state of step 2 is in"):
             train(config, resume=True, console=tiny.quiet())
+    with monkeypatch.context() as patch:
+        original = Fit._begin
+        patch.setattr(Fit, "_begin", lambda self, what: (original(self, what), os.kill(os.getpid(), 15)))
+        console = tiny.quiet()
+        run = train(config, resume=True, console=console)
+    assert run.status == "interrupted" and run.exit_code == 143 and run.eval_at == [0]
+    assert re.search("giving up evaluating 1/[0-9]+; again to stop now", console.file.getvalue())
     run = train(config, resume=True, console=tiny.quiet())
     assert (run.losses, run.eval_losses, run.eval_at) == (whole.losses, whole.eval_losses, whole.eval_at)
     assert run.status == "finished" and tiny.adapter_bytes(run) == tiny.adapter_bytes(whole)
@@ -115,7 +132,7 @@ def test_a_lost_file_ends_a_run_by_name_with_its_state_saved(tmp_path, transport
 
 
 def test_a_disk_too_small_is_found_before_loading(workshop, monkeypatch):
-    monkeypatch.setattr("kjax.run.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(RunError, match="full: the saved states need .* kB, 1.0 kB are free: lower Train.keep"):
         train(tiny.settings(workshop, "full", train__save_steps=1), console=tiny.quiet())
     assert not (workshop / "full").exists()
