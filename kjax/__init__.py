@@ -8,7 +8,7 @@ from kjax import startup
 
 startup.prepare()
 
-_HOMES = {"Model": "kjax.load", "load": "kjax.load", "train": "kjax.train"}
+_HOMES = {"Model": "kjax.load", "compare": "kjax.compare", "load": "kjax.load", "train": "kjax.train"}
 
 __all__ = list(_HOMES)
 
@@ -16,7 +16,8 @@ __all__ = list(_HOMES)
 class _Package(types.ModuleType):
     """Imports the public names on first use, so that `kjax --help` does not wait for JAX.
 
-    Importing the module kjax.train binds it as this package's attribute; the function of that name stays in front.
+    Importing the module kjax.train binds it as this package's attribute; the function of that name stays in front (as
+    of kjax.compare).
     """
 
     def __getattr__(self, name):
