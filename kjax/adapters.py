@@ -148,6 +148,16 @@ def load(directory: str | os.PathLike, linears: Linears, base: Base | None = Non
         return adapter.spec, unflatten_dict(leaves, sep="/")
 
 
+def spec(directory: str | os.PathLike, linears: Linears) -> LoraSpec:
+    """The spec that `load` makes of a PEFT adapter, from its config and the tensors' names and shapes alone.
+
+    Of adapters fused over all experts B is read too, a layer at a time, since only its zeros tell whether gate and up
+    share their ranks.
+    """
+    with opened(directory, linears) as adapter:
+        return adapter.spec
+
+
 def template(directory: str | os.PathLike | None) -> str | None:
     """The file of the chat template that an adapter was trained with, where it has one."""
     path = Path(directory) / TEMPLATE if directory is not None else None

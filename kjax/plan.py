@@ -1,7 +1,8 @@
 """The memory, the work and the time of a run, from config.json and the settings alone: `kjax plan`.
 
-Nothing is loaded. Parameters are the shapes that the modules declare; device memory and device operations are read off
-the real train step, traced on those shapes; the experts are counted in the bytes of their checkpoint format.
+Nothing is loaded; of an adapter that the run goes on from (Model.adapter) config and headers are read. Parameters are
+the shapes that the modules declare; device memory and device operations are read off the real train step, traced on
+those shapes; the experts are counted in the bytes of their checkpoint format.
 """
 
 import json
@@ -13,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from kjax import hosted, lora, lora_targets, models, optimizer, step
-from kjax.config import Config
+from kjax import adapters, hosted, lora, lora_targets, models, optimizer, step
+from kjax.config import Config, Train
+from kjax.fit import saves_to_come
 from kjax.offload import host_lora
 from kjax.planning import advice, memory, sizes, speed
-from kjax.planning.formats import formats
+from kjax.planning.formats import Format, formats
 from kjax.planning.machine import Machine, machine
 from kjax.planning.report import Plan, Row, total
 from kjax.startup import CONTEXT, FRACTION
@@ -57,29 +59,35 @@ class Traced(NamedTuple):
         return self.weights + self.state + self.batch + self.saved + self.working
 
 
-def hosts_adapters(config: Config, model: models.ModelConfig, on_cpu: bool) -> bool:
+def lora_spec(config: Config, model: models.ModelConfig) -> lora.LoraSpec:
+    """The adapters that a run trains: those of Model.adapter where it is set, else those that Lora describes."""
+    linears = models.linears(model)
+    if config.model.adapter is None:
+        return lora_targets.resolve(config.lora, linears)
+    spec = adapters.spec(config.model.adapter, linears)
+    return spec.with_dropout(config.lora.dropout) if config.lora.dropout else spec
+
+
+def hosts_adapters(config: Config, model: models.ModelConfig, spec: lora.LoraSpec, on_cpu: bool) -> bool:
     """Whether the adapters of routed experts, if there are any, live on the host."""
-    spec = lora_targets.resolve(config.lora, models.linears(model))
     adapted = any(lora.group(path) == "experts" for path in spec.paths)
     stored = config.model.experts == "host" and model.num_moe_layers > 0
     return host_lora.on_host(config.lora.experts_home, adapted, stored, accelerator=not on_cpu)
 
 
-def abstract_step(config: Config, model: models.ModelConfig, on_cpu: bool):
+def abstract_step(config: Config, model: models.ModelConfig, spec: lora.LoraSpec, on_cpu: bool):
     """(step, its arguments): the device's train step of a run and the shapes it is called with; the state comes first.
 
     on_cpu: JAX runs there; else on an accelerator.
     """
     settings, dtype = config.train, jnp.dtype(config.model.dtype)
-    linears = models.linears(model)
-    spec = lora_targets.resolve(config.lora, linears)
-    hosted_adapters = hosts_adapters(config, model, on_cpu)
+    hosted_adapters = hosts_adapters(config, model, spec, on_cpu)
     store = _Store(model.hidden_size, "ffi" if on_cpu else "pure_callback") \
         if config.model.experts == "host" and model.num_moe_layers else None
     module = models.Transformer(model, lora=spec, dtype=dtype, store=store, micro_rows=settings.micro_rows,
                                 host_lora=_HostLora() if hosted_adapters else None)
     transform = optimizer.optimizer(config.optimizer, LONG_RUN, clipping=not hosted_adapters)
-    tree = lora.abstract(spec, linears)
+    tree = lora.abstract(spec, models.linears(model))
     if hosted_adapters:
         tree, _ = host_lora.split(tree)
     params = models.abstract_params(model, dtype, config.model.experts, config.model.weights)
@@ -88,7 +96,8 @@ def abstract_step(config: Config, model: models.ModelConfig, on_cpu: bool):
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets", "positions", "segments")}
     if "embed_tokens" not in params:  # the table stays on the host, its rows are the batch
         batch["tokens"] = jax.ShapeDtypeStruct((*shape, model.hidden_size), dtype)
-    common = {"chunk": settings.loss_chunk, "seed": settings.seed, "dropout": config.lora.dropout > 0}
+    common = {"chunk": settings.loss_chunk, "seed": settings.seed,
+              "dropout": any(adapter.dropout > 0 for _, adapter in spec.entries)}
     if hosted_adapters:
         run = hosted.device_step(step.gradients(module, models.unembed, **common), transform,
                                  config.optimizer.clip_norm, model.num_moe_layers)
@@ -97,12 +106,12 @@ def abstract_step(config: Config, model: models.ModelConfig, on_cpu: bool):
     return run, (state, params, batch)
 
 
-def traced(config: Config, model: models.ModelConfig, on_cpu: bool) -> Traced:
+def traced(config: Config, model: models.ModelConfig, spec: lora.LoraSpec, on_cpu: bool) -> Traced:
     """Device memory and operations of the train step, by tracing it.
 
     on_cpu: JAX runs there, whose compiler drops the barriers that keep a checkpoint's recomputation apart.
     """
-    run, (state, params, batch) = abstract_step(config, model, on_cpu)
+    run, (state, params, batch) = abstract_step(config, model, spec, on_cpu)
     jaxpr = jax.make_jaxpr(run)(state, params, batch)
     usage = memory.usage(jaxpr, donated=[True] * len(jax.tree.leaves(state)), merge=on_cpu)
     return Traced(_bytes(params), _bytes(state), _bytes(batch), usage.saved, usage.temporaries - usage.saved,
@@ -114,7 +123,7 @@ def _bytes(tree) -> int:
 
 
 def plan(config: Config, on: Machine) -> Plan:
-    """The plan of a run on a machine. Only config.json is read: Model.directory may be that file or its directory."""
+    """The plan of a run on a machine; Model.directory may be config.json alone or its directory."""
     path = Path(config.model.directory)
     path = path / "config.json" if path.is_dir() else path
     model = models.ModelConfig.from_json(path)
@@ -123,33 +132,42 @@ def plan(config: Config, on: Machine) -> Plan:
     experts, others = formats(content, model.quantization, str(path))
     shapes = flatten_dict(models.abstract_params(model, config.model.dtype, "device"), sep="/")
     counts = sizes.parameters(shapes)
+    spec = lora_spec(config, model)
+    table = lora.table(spec, models.linears(model), int(counts[-2].amount))
+    trained = {row.group: row.parameters for row in table.rows[:-1]}
 
     traces: dict[str, Traced] = {}
 
-    def needs(changed: Config, machine: Machine):
+    def needs(changed: Config, machine: Machine, form: Format | None = None):
+        """form: of the routed experts, where it is another than the checkpoint's."""
+        on_cpu = machine.device is None
         # The settings that change what is traced.
         key = repr((changed.train, changed.data.max_length, changed.model.dtype, changed.model.experts,
-                    changed.model.weights, changed.lora.experts_home, machine.device is None))
+                    changed.model.weights, changed.lora.experts_home, on_cpu))
         if key not in traces:
-            traces[key] = traced(changed, model, machine.device is None)
+            traces[key] = traced(changed, model, spec, on_cpu)
         found = traces[key]
-        spec = lora_targets.resolve(changed.lora, models.linears(model))
-        table = lora.table(spec, models.linears(model), int(counts[-2].amount))
-        trained = {row.group: row.parameters for row in table.rows[:-1]}
-        hosted_adapters = hosts_adapters(changed, model, machine.device is None)
-        of_run = sizes.Sizes(changed, model, shapes, experts, others, trained, hosted_adapters)
-        host, cache = of_run.host(machine, 0 if machine.device is not None else found.total)
-        return of_run, host, cache, _device(found, machine), found, table
+        hosted_adapters = hosts_adapters(changed, model, spec, on_cpu)
+        of_run = sizes.Sizes(changed, model, shapes, form or experts, others, trained, hosted_adapters)
+        stash = of_run.stash(machine, found.weights if on_cpu else 0)
+        host, cache = of_run.host(machine, stash, found.total if on_cpu else 0)
+        return of_run, host, cache, _device(found, machine), found, stash
 
-    of_run, host, cache, device, found, table = needs(config, on)
-    stash = of_run.stash(on, found.total if on.device is None else 0)
+    of_run, host, cache, device, found, stash = needs(config, on)
     cached = max(0.0, on.host - total(host)) if cache else of_run.experts
     time = speed.step(of_run, on, found.operations, found.traffic, stash, cached)
     return Plan(
         f"{path} ({model.model_type}), {config.train.rows_per_step} rows of {config.data.max_length} tokens", on,
-        counts, table, tuple(host), tuple(cache), tuple(device), tuple(of_run.disk()),
+        counts, table, tuple(host), tuple(cache), tuple(device), tuple(of_run.disk(_saves(config.train))),
         tuple(of_run.work(found.operations, stash)), time, _smaller_stashes(of_run, on, stash, cached),
         tuple(advice.problems(config, on, lambda *args: needs(*args)[:4])))
+
+
+def _saves(train: Train) -> int:
+    """How many states a run saves; where the number of its steps hangs on the data, more than it keeps."""
+    if train.save_steps is not None and train.steps is None:
+        return train.keep + 1
+    return saves_to_come(train.save_steps, 0, train.steps or 1)
 
 
 def _smaller_stashes(of_run: sizes.Sizes, on: Machine, stash: int, cached: float) -> tuple[Row, ...]:

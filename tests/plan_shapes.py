@@ -75,7 +75,8 @@ def settings(path, bindings, dtype: str = "float32"):
 def ratio(config, content) -> tuple[float, str]:
     """Planned over compiled: arguments, outputs that are not written over arguments, and temporaries."""
     on_cpu = jax.default_backend() == "cpu"
-    run, args = plan.abstract_step(config, ModelConfig.from_json(content), on_cpu)
+    model = ModelConfig.from_json(content)
+    run, args = plan.abstract_step(config, model, plan.lora_spec(config, model), on_cpu)
     planned = memory.usage(jax.make_jaxpr(run)(*args), [True] * len(jax.tree.leaves(args[0])), merge=on_cpu)
     # Memory is assigned before code is generated: without optimising that, compilation takes half as long.
     options = step.compiler_options() | ({"xla_backend_optimization_level": 0} if on_cpu else {})

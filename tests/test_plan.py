@@ -12,6 +12,7 @@ from kjax import gin_config, plan
 from kjax.errors import CheckpointError
 from kjax.planning import advice
 from kjax.planning.report import Row
+from kjax.quantize import IGNORED, SCHEMES
 from kjax.startup import CONTEXT
 
 ITEMSIZE = {"F8_E4M3": 1, "BF16": 2, "F32": 4, "F16": 2}
@@ -137,16 +138,27 @@ def test_what_does_not_fit_on_the_device_names_a_true_knob(tiny):
 @pytest.mark.parametrize("host, device, says", [
     (500, 48, r"It fits the device with Model.weights = '8bit'\. It fits main memory .*INT4 experts take 367.9 GB"),
     (300, 48, r"It fits the device with Model.weights = '8bit'\. No setting makes it fit main memory: use a machine"),
-    (500, 4, r"No setting makes it fit the device: use a GPU .*\. It fits main memory .*INT4 experts"),
+    (500, 4, r"No setting makes it fit the device: use a GPU .*\. It fits main memory .*INT4 experts .*, and "
+             r"Model.stash_gb = 122$"),
+    (800, 4, r"No setting makes it fit the device: use a GPU .*\. It fits main memory with Model.stash_gb = 136$"),
+    (680, 80, r"It fits with Model.stash_gb = 16$"),
+    (660, 80, r"fits main memory with .* INT4 experts take 367.9 GB .* makes one\)$"),
+    (400, 48, r"It fits the device with Model.weights = '8bit'\. It fits main memory with .* makes one\), and "
+              r"Model.stash_gb = 22$"),
+    (390, 80, r"would be read from disk .* INT4 experts take 367.9 GB .* makes one\), and Model.stash_gb = 12$"),
+    (378, 80, r"fits main memory with .* INT4 experts take 367.9 GB .* makes one\), and Model.stash_gb = 0.0$"),
     (900, 4, r"needed, .* for JAX\. No setting makes it fit the device: use a GPU with more memory$"),
 ])  # fmt: skip
 def test_each_memory_has_its_own_way_out(host, device, says):
-    """Made-up needs: 654 GB of experts, and device memory that depends on the form of the other weights alone."""
-    sizes = types.SimpleNamespace(experts=654e9, hosted=True, expert_parameters=654e9)
-
-    def replan(config, on):
+    """Made-up needs: 654 GB of experts, a stash as set, and device memory that depends on the form of the other weights
+    alone."""
+    def replan(config, on, form):
+        experts = 367.9e9 if form else 654e9
+        sizes = types.SimpleNamespace(experts=experts, hosted=True, proposed=lambda left: max(0, int(left / 1e9)))
         needed = {"full": 60e9, "8bit": 30e9, "nf4": 20e9}[config.model.weights]
-        return sizes, [Row("all else", 10e9)], [Row("routed experts", 654e9)], [Row("weights", needed)]
+        kept = 150e9 if config.model.stash_gb is None else config.model.stash_gb * 1e9
+        return (sizes, [Row("stash", kept), Row("all else", 10e9)], [Row("routed experts", experts)],
+                [Row("weights", needed)])
 
     found, = advice.problems(settings("config.json"), plan.Machine(int(host * 1e9), int(device * 1e9), 0.9), replan)
     assert re.search(says, found), found
@@ -165,7 +177,21 @@ def test_what_does_not_fit_in_main_memory_names_a_true_knob(tiny, shared_data):
     assert "more memory" in plan.plan(settings(tiny), plan.Machine(int(1e9), int(80e9), 0.75)).problems[0]
 
 
-def test_the_stash_is_proposed_from_free_memory_and_a_smaller_one_has_a_price(tiny):
+def test_experts_of_four_bits_and_a_smaller_stash_together(tmp_path, shared_data):
+    content = json.loads((shared_data / "configs" / "deepseek_r1.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    on = plan.Machine(int(512e9), int(1e12), 0.75)
+    many = ("Train.rows_per_step=64", "Train.micro_rows=1", "Data.max_length=2048", "Model.stash_gb=150")
+    problem, = plan.plan(settings(tmp_path, *many), on).problems
+    assert problem.endswith("INT4 experts take 367.8 GB (`kjax quantize --format int4` makes one), and "
+                            "Model.stash_gb = 118"), problem
+    (tmp_path / "config.json").write_text(json.dumps(
+        content | {"quantization_config": SCHEMES["int4"].config(IGNORED)}))
+    assert not plan.plan(settings(tmp_path, *many), on).fits
+    assert plan.plan(settings(tmp_path, *many, "Model.stash_gb=118"), on).fits
+
+
+def test_a_smaller_stash_has_a_price(tiny):
     speeds = {"host_peak": 1e12, "host_bandwidth": 1e11, "device_peak": 1e13, "device_bandwidth": 1e12, "pcie": 1e10}
     many = ("Train.rows_per_step=1024",)
     need = 2 * 32 * 1024 * 512 * 2 * 4 * 2  # gate and up, F, tokens, routes, fp32, layers
@@ -175,9 +201,8 @@ def test_the_stash_is_proposed_from_free_memory_and_a_smaller_one_has_a_price(ti
     costs = {row.name: row.note for row in roomy.stash}
     assert costs["none"].startswith(f"{operations * 2 / 3 / 1e12:,.4g} T operations more in a step, ")
     assert costs["half"].startswith(f"{operations / 3 / 1e12:,.4g} T operations more in a step, ")
-    least = sum(row.amount for row in roomy.host) - need + need / 2
-    tight = plan.plan(settings(tiny, *many), plan.Machine(int(least), int(64e9), 0.75, **speeds))
-    assert tight.fits and 0.3 * need < amounts(tight.host)["stash"] < 0.5 * need
+    tight = plan.plan(settings(tiny, *many, "Model.stash_gb=0.1"), plan.Machine(int(64e9), int(64e9), 0.75, **speeds))
+    assert tight.fits and amounts(tight.host)["stash"] == int(1e8)
     assert amounts(tight.time)["experts, again"] > 0 and amounts(tight.work)["host operations again"] > 0
 
 

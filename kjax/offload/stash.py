@@ -8,13 +8,17 @@ oldest leave when the budget is full, and a backward that misses recomputes them
 from kjax import _ext
 from kjax.offload import storage
 
-FREE_SHARE = 0.25  # of free memory, unless a run's plan or the user says otherwise
+FREE_SHARE = 0.25  # of free memory, unless Model.stash_gb says otherwise
+
+
+def budget(gigabytes: float | None, free: float) -> int:
+    """The bytes that Model.stash_gb stands for where `free` bytes are; None: a quarter of them."""
+    return int(free * FREE_SHARE if gigabytes is None else gigabytes * 1e9)
 
 
 def set_budget(gigabytes: float | None = None) -> int:
     """Set the budget (None: a quarter of what is free now) and return it in bytes; 0 keeps nothing."""
-    size = storage.available()[0] * FREE_SHARE if gigabytes is None else gigabytes * 1e9
-    return _ext.stash_budget(int(size))
+    return _ext.stash_budget(budget(gigabytes, storage.available()[0]))
 
 
 def stats() -> dict[str, int]:

@@ -8,66 +8,82 @@ from collections.abc import Callable
 from kjax.config import Config
 from kjax.errors import ConfigError
 from kjax.lora import size
+from kjax.planning.formats import QUANTISED, Format
 from kjax.planning.machine import Machine
 from kjax.planning.report import Row, total
 from kjax.planning.sizes import Sizes
 from kjax.startup import CONTEXT, FRACTION
 
 MOST = 0.95  # of a GPU that JAX can be told to take
+INT4 = QUANTISED["int4_group32"]
 
-# (config, machine) -> what it needs: sizes, rows of main memory, of page cache, of the device.
-Replan = Callable[[Config, Machine], tuple[Sizes, list[Row], list[Row], list[Row]]]
+Needs = tuple[Sizes, list[Row], list[Row], list[Row]]  # rows of main memory, of page cache, of the device
+Replan = Callable[[Config, Machine, Format | None], Needs]  # None: the routed experts in the checkpoint's format
 Change = dict[tuple[str, str], object]  # (group, setting) -> value, as ("train", "micro_rows") -> 1
 
 
 def problems(config: Config, on: Machine, replan: Replan) -> list[str]:
     """One text for each memory that is too small, with the first change after which the whole plan fits."""
-    needs = replan(config, on)
+    needs = replan(config, on, None)
     lacks = _lacks(needs, on)
     if not lacks:
         return []
     if on.device is not None and on.share < MOST:
-        if not _lacks(replan(config, wider := dataclasses.replace(on, share=MOST)), wider):
+        if not _lacks(replan(config, wider := dataclasses.replace(on, share=MOST), None), wider):
             return [f"{'; '.join(lacks)}. It fits with {FRACTION}={MOST} in the environment"]
 
     @functools.cache  # a plan takes seconds, and what helps one memory is sought among the same changes
-    def planned(change: tuple):
+    def planned(change: tuple, form: Format | None):
         try:
-            return replan(_changed(config, dict(change)), on)
+            return replan(_changed(config, dict(change)), on, form)
         except ConfigError:  # settings that exclude each other
             return None
 
-    def needs_with(change: Change):
-        return planned(tuple(change.items()))
+    def needs_with(change: Change, form: Format | None = None):
+        return planned(tuple(change.items()), form)
 
     def fits(change: Change) -> bool:
         return (found := needs_with(change)) is not None and not _lacks(found, on)
 
-    experts = needs[0].experts * needs[0].hosted
-    change = None if experts > on.host else _first(_steps(config), fits)
+    change = None if _hopeless(needs, on) else _first(_steps(config, needs, on), fits)
     way_out = _apart(config, needs, on, needs_with) if change is None else f"It fits with {_named(change)}"
     return [f"{'; '.join(lacks)}. {way_out}"]
 
 
-def _apart(config: Config, needs, on: Machine, needs_with) -> str:
+def _apart(config: Config, needs: Needs, on: Machine, needs_with) -> str:
     """Where no settings make all of it fit: what helps each memory."""
-    found = []
+    found, change = [], {}
     if _short(needs[3], on):
-        change = _first(_steps(config), lambda c: (less := needs_with(c)) is not None and not _short(less[3], on))
+        change = _first(_steps(config, needs, on),
+                        lambda c: (less := needs_with(c)) is not None and not _short(less[3], on))
         if change is None:
             found.append("No setting makes it fit the device: use a GPU with more memory")
+            change = {}
         else:
-            needs = needs_with(change)
             found.append(f"It fits the device with {_named(change)}")
-    sizes, host, cache, _ = needs
-    if total(host) + total(cache) > on.host:
-        smaller = sizes.expert_parameters * 0.5625  # INT4 in groups of 32 with bf16 scales: 4.5 bits
-        if sizes.experts > smaller and total(host) - _experts(host) + smaller <= on.host:
-            found.append(f"It fits main memory with a checkpoint of fewer bits: INT4 experts take {size(smaller)} "
-                         "(`kjax quantize --format int4` makes one)")
-        else:
-            found.append("No setting makes it fit main memory: use a machine with more memory")
+    if _full(needs_with(change), on):
+        found.append(_main_memory(config, change, on, needs_with))
     return ". ".join(found)
+
+
+def _main_memory(config: Config, change: Change, on: Machine, needs_with) -> str:
+    """What helps main memory, with the change that the device needs: settings, experts of fewer bits, or both."""
+    def fits(more: Change, form: Format | None) -> bool:
+        return (found := needs_with({**change, **more}, form)) is not None and not _full(found, on)
+
+    for form in (None, INT4):
+        needs = needs_with(change, form)
+        if _hopeless(needs, on):
+            continue
+        enough = functools.partial(fits, form=form)
+        more = {} if enough({}) else _first(_steps(_changed(config, change), needs, on), enough)
+        if more is None:
+            continue
+        if form is None:
+            return f"It fits main memory with {_named(more)}"
+        return (f"It fits main memory with a checkpoint of fewer bits: INT4 experts take {size(needs[0].experts)} "
+                f"(`kjax quantize --format int4` makes one){', and ' if more else ''}{_named(more)}")
+    return "No setting makes it fit main memory: use a machine with more memory"
 
 
 def _first(steps: list[Change], fits: Callable[[Change], bool]) -> Change | None:
@@ -86,8 +102,8 @@ def _first(steps: list[Change], fits: Callable[[Change], bool]) -> Change | None
     return change
 
 
-def _lacks(needs, on: Machine) -> list[str]:
-    sizes, host, cache, device = needs
+def _lacks(needs: Needs, on: Machine) -> list[str]:
+    _, host, cache, device = needs
     found = []
     if _short(device, on):
         found.append(f"device memory: {size(total(device) - CONTEXT)} needed, {size(on.usable)} there for JAX")
@@ -104,14 +120,28 @@ def _short(device: list[Row], on: Machine) -> bool:
     return on.device is not None and total(device) - CONTEXT > on.usable
 
 
-def _steps(config: Config) -> list[Change]:
-    """From the cheapest to the dearest: time, then precision, then what is trained."""
+def _full(needs: Needs, on: Machine) -> bool:
+    _, host, cache, _ = needs
+    return total(host) + total(cache) > on.host
+
+
+def _hopeless(needs: Needs, on: Machine) -> bool:
+    """Whether the routed experts alone are too much for main memory."""
+    return needs[0].experts * needs[0].hosted > on.host
+
+
+def _steps(config: Config, needs: Needs, on: Machine) -> list[Change]:
+    """From the cheapest to the dearest: time, then precision, then what is trained. needs: of the config."""
     train, model, adapters = config.train, config.model, config.lora
     steps: list[Change] = []
     if model.storage == "resident":
         steps.append({("model", "storage"): "mapped"})
     if adapters.experts_home == "device" and model.experts == "host":
         steps.append({("lora", "experts_home"): "host"})
+    sizes, host, cache, _ = needs
+    stash = total(row for row in host if row.name == "stash")
+    if 0 < (less := sizes.proposed(on.host - total(host) - total(cache) + stash)) * 1e9 < stash:
+        steps.append({("model", "stash_gb"): less})
     if model.stash_gb is None or model.stash_gb > 0:
         steps.append({("model", "stash_gb"): 0.0})
     if (train.micro_rows or train.rows_per_step) > 1:
@@ -138,7 +168,3 @@ def _changed(config: Config, change: Change) -> Config:
 
 def _named(change: Change) -> str:
     return ", ".join(f"{group.capitalize()}.{name} = {value!r}" for (group, name), value in change.items())
-
-
-def _experts(rows: list[Row]) -> float:
-    return total([row for row in rows if row.name == "routed experts"])

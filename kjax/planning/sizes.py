@@ -5,16 +5,17 @@ import math
 import jax.numpy as jnp
 
 from kjax.config import Config
-from kjax.lora import size
+from kjax.lora import MASTER_BYTES, TRAINING_BYTES, size
 from kjax.models import ModelConfig
+from kjax.offload.stash import budget
 from kjax.offload.storage import FREE_SHARE
 from kjax.planning.formats import Format
 from kjax.planning.machine import Machine
-from kjax.planning.report import Row
+from kjax.planning.report import Row, total
+from kjax.weights import lowbit
 
 PROGRAM = 2**30  # of the host: Python, JAX, compiled code; 0.6 to 0.9 GB were seen
-STASH_SHARE = 0.9  # of what is free beside everything else: the proposal for Model.stash_gb
-STATE_BYTES = 16  # of a trained number: master, gradient and two moments, fp32
+STASH_SHARE = 0.9  # of what is free beside everything else: the most that is proposed for Model.stash_gb
 PARTS = (("routed experts", "/mlp/experts/"), ("shared experts", "/mlp/shared_experts/"), ("router", "/mlp/gate/"),
          ("attention", "/self_attn/"), ("dense layers", "dense_layers/mlp/"), ("embedding", "embed_tokens/"),
          ("output head", "lm_head/"), ("norms", "norm"))
@@ -56,38 +57,54 @@ class Sizes:
             elif name not in routed:
                 kind = 4 if name.endswith("e_score_correction_bias") else 2 if others.bits <= 16 else 4
                 self.others += math.prod(leaf.shape) * kind
-        # Kept from forward to backward: gate and up activations of every route, in the type of the computation.
-        kept = 4 if experts.bits == 32 else 2
-        self.stash_need = 2 * model.moe_intermediate_size * self.routes * kept * model.num_moe_layers * self.hosted
+        # Kept from forward to backward: gate and up activations of every route, in the type of the computation, and
+        # the products with the adapters' A in fp32.
+        kept = 2 * model.moe_intermediate_size * (4 if experts.bits == 32 else 2) + 4 * self._ranks
+        self.stash_need = kept * self.routes * model.num_moe_layers * self.hosted
 
     @property
     def expert_adapters(self) -> int:
         """Numbers of the adapters on routed experts."""
         return self.trained.get("experts", 0)
 
+    @property
+    def _ranks(self) -> int:
+        """The ranks of an expert's adapters, summed over its projections."""
+        model = self.model
+        widths = model.num_moe_layers * model.n_routed_experts * (model.hidden_size + model.moe_intermediate_size)
+        return self.expert_adapters // widths if self.expert_adapters else 0
+
+    @property
+    def _table(self) -> int:
+        """Bytes of the embedding table where it stays in main memory."""
+        table = self.model.vocab_size * self.model.hidden_size * self.itemsize
+        return table * lowbit.hosts_table(self.model, self.config.model.weights)
+
     def resident(self, on: Machine) -> bool:
         """Whether the experts are copied to memory of the process; "auto" does in a long run (docs/storage.md)."""
         mode = self.config.model.storage
-        fits = self.experts + self._beside + PROGRAM <= on.host
-        return mode == "resident" or (mode == "auto" and fits and self.experts <= FREE_SHARE * on.host)
+        return mode == "resident" or (mode == "auto" and self.experts <= FREE_SHARE * on.host)
 
     @property
     def call(self) -> int:
         """x, y, dy and dx of one layer, and the fp32 sums of one of them."""
         return self.tokens * self.model.hidden_size * (4 * self.itemsize + 4) * self.hosted
 
-    @property
-    def _beside(self) -> int:
-        return self.call + STATE_BYTES * self.host_adapters
+    def stash(self, on: Machine, weights: float) -> int:
+        """Bytes that a run's stash takes: its budget is set once the weights are loaded, and mapped ones stay free.
 
-    def stash(self, on: Machine, device_part: float) -> int:
-        """Bytes of the stash: as set, else what is free beside all the rest."""
-        if self.config.model.stash_gb is not None:
-            return int(min(self.stash_need, self.config.model.stash_gb * 1e9))
-        free = on.host - self.experts * self.hosted - self._beside - PROGRAM - device_part
-        return int(min(self.stash_need, max(0, free * STASH_SHARE)))
+        weights: bytes of what is not the experts, if the CPU runs it.
+        """
+        loaded = PROGRAM + weights + self._table + self.experts * self.resident(on)
+        if self.config.model.adapter is not None:
+            loaded += MASTER_BYTES * self.host_adapters
+        return min(self.stash_need, budget(self.config.model.stash_gb, max(0, on.host - loaded)))
 
-    def host(self, on: Machine, device_part: float) -> tuple[list[Row], list[Row]]:
+    def proposed(self, left: float) -> int:
+        """GB for Model.stash_gb where `left` bytes are free beside everything else: what is wanted, or most of them."""
+        return max(0, min(math.ceil(self.stash_need / 1e9), math.floor(left * STASH_SHARE / 1e9)))
+
+    def host(self, on: Machine, stash: int, device_part: float) -> tuple[list[Row], list[Row]]:
         """(memory of the process, page cache). device_part: bytes of what is not the experts, if the CPU runs it."""
         rows, cache = [], []
         if self.hosted:
@@ -95,31 +112,36 @@ class Sizes:
                 rows.append(Row("routed experts", self.experts, f"{self.format.name}, copied to huge pages"))
             else:
                 cache.append(Row("routed experts", self.experts, f"{self.format.name}, as they lie in the files"))
-            stash = self.stash(on, device_part)
-            note = "gate and up activations from forward to backward"
-            if stash < self.stash_need:
-                note = f"of {size(self.stash_need)} wanted: {1 - stash / self.stash_need:.0%} of routes computed twice"
-            elif self.config.model.stash_gb is None:
-                note += f"; set Model.stash_gb = {math.ceil(stash / 1e9)}"
-            rows += [Row("stash", stash, note),
-                     Row("expert activations", self.call, "of the layer at work")]
+            rows.append(Row("expert activations", self.call, "of the layer at work"))
             if self.host_adapters:
-                rows.append(Row("expert adapters", STATE_BYTES * self.host_adapters,
+                rows.append(Row("expert adapters", TRAINING_BYTES * self.host_adapters,
                                 "masters, gradients and two Adam moments, fp32"))
         rows.append(Row("program", PROGRAM, "Python, JAX and compiled code"))
         if on.device is None:
             rows.append(Row("device part", device_part, "JAX runs on the CPU"))
-        elif self.config.model.weights != "full":
-            table = self.model.vocab_size * self.model.hidden_size * self.itemsize
-            rows.append(Row("embedding table", table, "gathered for each batch"))
+        if self._table:
+            rows.append(Row("embedding table", self._table, "gathered for each batch"))
+        if self.hosted:
+            note, more = "gate and up activations from forward to backward", ""
+            if stash < self.stash_need:
+                note = f"of {size(self.stash_need)} wanted: {1 - stash / self.stash_need:.0%} of routes computed twice"
+                gigabytes = self.proposed(on.host - total(rows) - total(cache))
+                more = f"; memory is left: set Model.stash_gb = {gigabytes}" if gigabytes * 1e9 > stash else ""
+            rows.append(Row("stash", stash, note + more))
         return rows, cache
 
-    def disk(self) -> list[Row]:
-        adapter = sum(self.trained.values()) * 4
-        saved = adapter * 4 * self.config.train.keep  # the state has masters and two moments, and the adapter beside it
-        return [Row("checkpoint of the base", self.experts + self.others,
+    def disk(self, saves: int) -> list[Row]:
+        """Of a new run that saves so many states, when most of it is there (RunDirectory.require_space)."""
+        keep, adapter = self.config.train.keep, sum(self.trained.values()) * MASTER_BYTES
+        states = min(saves, keep + 1)
+        note = f"{states - 1} kept, another being written" if states > 1 else "one"
+        rows = [Row("checkpoint of the base", self.experts + self.others,
                     f"experts {self.format.name}; without MTP layers"),
-                Row("adapter", adapter, "PEFT, fp32"), Row("saved states", saved, f"{self.config.train.keep} kept")]
+                Row("adapter", adapter, "PEFT, fp32"),
+                Row("saved states", states * 4 * adapter, f"{note}: masters, two moments, an adapter")]
+        if 1 < saves <= keep:
+            rows.append(Row("adapter of the run", adapter, "while the next is written beside it"))
+        return rows
 
     # Work.
 
