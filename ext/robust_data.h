@@ -78,6 +78,7 @@ inline void fill(Format format, uint8_t* codes, int64_t bytes, uint8_t* scales, 
 int fuzz(double seconds, uint64_t seed);
 // robust_nodes.cpp: which threads read which experts; the exit status.
 int nodes_first();
+// robust_files.cpp: files that are cold or lost; the exit status.
 int files();
 
 }  // namespace kjax

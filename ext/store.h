@@ -1,4 +1,4 @@
-// Where every expert's three projections lie in the mapped checkpoint, and the registry through which calls find a
+// Where every expert's three projections lie, in mapped files or in memory, and the registry through which calls find a
 // store.
 #pragma once
 #include <array>

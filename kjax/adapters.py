@@ -24,6 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from kjax import adapter_layouts as layouts
 from kjax import peft_config
 from kjax.adapter_match import listed, match
+from kjax.data import templates
 from kjax.errors import CheckpointError, ConfigError, RunError
 from kjax.lora import Linears, LoraSpec, group
 from kjax.progress import bytes_bar
@@ -31,7 +32,7 @@ from kjax.weights.files import parse_json, quote
 from kjax.weights.writer import Part, sync, write_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-RECORD, TEMPLATE = "kjax_adapter.json", "chat_template.jinja"
+RECORD, TEMPLATE = "kjax_adapter.json", templates.OF_ADAPTER
 Layout = Literal["experts", "fused"]
 MAX_NORM = 1 << 20  # numbers: larger ones are no norm of any model, and nothing to read for a hash
 MAX_JSON = 1 << 24  # bytes: far above the 60 kB of a config that names every projection of 61 layers
@@ -156,12 +157,6 @@ def spec(directory: str | os.PathLike, linears: Linears) -> LoraSpec:
     """
     with opened(directory, linears) as adapter:
         return adapter.spec
-
-
-def template(directory: str | os.PathLike | None) -> str | None:
-    """The file of the chat template that an adapter was trained with, where it has one."""
-    path = Path(directory) / TEMPLATE if directory is not None else None
-    return str(path) if path is not None and path.is_file() else None
 
 
 class Adapter(NamedTuple):

@@ -70,8 +70,8 @@ class Model(_Checked):
     """
 
     directory: str
-    # A PEFT adapter to continue from: its targets, ranks and scales hold, its chat template where Data names none, and
-    # its dropout where Lora's is 0.
+    # A PEFT adapter to continue from: its targets, ranks and scales hold, and where Data and Lora name none its chat
+    # template and its dropout.
     adapter: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     experts: Literal["host", "device"] = "host"
@@ -101,7 +101,7 @@ class Lora(_Checked):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     rslora: bool = False
-    dropout: float = 0.0
+    dropout: float | None = None  # None: that of Model.adapter, else none
     experts_home: Literal["auto", "device", "host"] = "auto"
 
     def _check(self):
@@ -110,7 +110,7 @@ class Lora(_Checked):
         self._require(self.alpha > 0, "alpha", "must be positive")
         self._require(all(r > 0 for r in self.rank_pattern.values()), "rank_pattern", "ranks must be positive")
         self._require(all(a > 0 for a in self.alpha_pattern.values()), "alpha_pattern", "alphas must be positive")
-        self._require(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
+        self._require(self.dropout is None or 0 <= self.dropout < 1, "dropout", "must be in [0, 1), or None")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Data(_Checked):
     val_size: float = 0.0  # split off for evaluation: a share below 1, or a number of rows
     limit: int | None = None  # use the first rows only
     format: Literal["auto", "alpaca", "sharegpt", "messages"] = "auto"
-    template: str | None = None  # None: the model's own; a packaged name; a .jinja file
+    template: str | None = None  # None: that of Model.adapter, else the model's own; a packaged name; a .jinja file
     max_length: int = 2048  # tokens per row
     rows: Literal["packed", "grouped", "plain"] = "packed"
     mask_history: bool = False  # train the last assistant turn only

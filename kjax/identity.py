@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kjax import config, env
+from kjax.lora import LoraSpec
 
 # Settings whose change would give the saved numbers another meaning, or the step another place in the data.
 BINDING = frozenset({
@@ -25,11 +26,12 @@ class Identity:
     config: dict  # dataclasses.asdict of the settings
     base: str
     dataset: str
+    adapter: dict  # path -> its scale, which Model.adapter may have set
 
     @classmethod
-    def of(cls, settings: config.Config, base: str, dataset: str) -> "Identity":
+    def of(cls, settings: config.Config, base: str, dataset: str, spec: LoraSpec) -> "Identity":
         as_json = json.loads(json.dumps(dataclasses.asdict(settings), default=str))  # tuples become lists, as on disk
-        return cls(as_json, base, dataset)
+        return cls(as_json, base, dataset, {path: adapter.scale for path, adapter in spec.entries})
 
 
 def versions() -> dict[str, str]:
@@ -48,6 +50,12 @@ def differences(manifest: dict, identity: Identity) -> tuple[list[str], list[str
             said.append(f"{key}: {saved.get(key)!r} -> {now.get(key)!r}")
             if key in BINDING:
                 binding.append(said[-1])
+    scales = manifest.get("adapter", identity.adapter)  # states before kjax recorded them have none
+    for path in sorted(scales.keys() | identity.adapter.keys()):
+        if (before := scales.get(path)) != (after := identity.adapter.get(path)):
+            said.append(f"the scale of the adapter of {path}: {before} -> {after}")
+            binding.append(said[-1])
+            break
     for name, before, after in (("the dataset's tokens", manifest["dataset"], identity.dataset),
                                 ("the base model", manifest["base"], identity.base)):
         if before != after:

@@ -54,8 +54,19 @@ class Job:
         return any(adapter.dropout > 0 for _, adapter in self.spec.entries)
 
 
-def prepare(config: Config) -> Job:
-    """Read the model's description, the tokenizer and the data of a run; raises the first thing that is wrong."""
+def lora_spec(config: Config, linears: lora.Linears) -> lora.LoraSpec:
+    """The adapters that a run trains: those of Model.adapter where it is set, else those that Lora describes."""
+    if config.model.adapter is None:
+        return lora_targets.resolve(config.lora, linears)
+    spec = adapters.spec(config.model.adapter, linears)
+    return spec if config.lora.dropout is None else spec.with_dropout(config.lora.dropout)
+
+
+def prepare(config: Config, resuming: bool = False) -> Job:
+    """Read the model's description, the tokenizer and the data of a run; raises the first thing that is wrong.
+
+    resuming: the adapter's numbers are those of the saved state, so Model.adapter's are not read.
+    """
     with Checkpoint(config.model.directory) as files:
         model = models.ModelConfig.from_json(files.config_json, str(files.config_path))
         model.check_row(config.data.max_length, "Data.max_length")
@@ -66,15 +77,10 @@ def prepare(config: Config) -> Job:
         hosted = model.num_moe_layers and config.model.experts == "host"
         sources = expert_sources(files, model) if hosted else None
         hashed = base_hash(files.directory, entries)
-    tree = None
-    if config.model.adapter is None:
-        spec = lora_targets.resolve(config.lora, linears)
-    else:
-        spec, tree = adapters.load(config.model.adapter, linears, base)
-        if config.lora.dropout:  # of how it is trained, not of the adapter
-            spec = spec.with_dropout(config.lora.dropout)
-    tokenizer = data.Tokenizer.load(config.model.directory,
-                                    template=config.data.template or adapters.template(config.model.adapter))
+    spec, tree = lora_spec(config, linears), None
+    if config.model.adapter is not None and not resuming:
+        _, tree = adapters.load(config.model.adapter, linears, base)
+    tokenizer = data.Tokenizer.of_run(config)
     train, evaluation = data.load(config.data, tokenizer, config.train.seed)
     for dataset in (train, evaluation):
         if dataset is not None:
@@ -83,7 +89,7 @@ def prepare(config: Config) -> Job:
     batches = data.Batches.of_run(config, train)
     total = settings.steps or max(1, math.ceil(settings.epochs * len(batches)))
     chosen = storage.choose(config.model.storage, store.size(sources), total) if sources else None
-    identity = Identity.of(config, hashed, train.hash)
+    identity = Identity.of(config, hashed, train.hash, spec)
     return Job(config, model, linears, spec, tree, tokenizer, train, evaluation, batches, total,
                sources[0][0]["gate_proj"].dtype if sources else "", chosen, base, identity)
 
@@ -101,8 +107,8 @@ def rows(job: Job, directory: Path, isa: str, threads: int) -> list[tuple[str, s
         ("experts", where),
         *([("storage", str(job.storage))] if job.storage else []),
         ("the rest", f"{_weights(job.config.model)}, on the device"),
-        *([("adapter", f"goes on from {job.config.model.adapter}, with its targets, ranks and scales")]
-          if job.config.model.adapter is not None else []),
+        *([("adapter", f"goes on from {job.config.model.adapter}, with its targets, ranks and scales; dropout "
+            f"{job.spec.entries[0][1].dropout:g}")] if job.config.model.adapter is not None else []),
         ("data", _describe(job.train.report)),
     ]
     if job.evaluation is not None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kjax import adapters, env
+from kjax.data import templates
 from kjax.data.tokenizer import Tokenizer
 from kjax.errors import CheckpointError, ConfigError, DataError
 from kjax.generate import Generator, TextStream, check_tokens
@@ -74,7 +75,7 @@ def load(
     env.check()
     with Checkpoint(directory) as checkpoint:
         config = ModelConfig.from_json(checkpoint.config_json, str(checkpoint.config_path))
-        tokenizer = _tokenizer(checkpoint.directory, config, template or adapters.template(adapter))
+        tokenizer = _tokenizer(checkpoint.directory, config, template or templates.of_adapter(adapter))
         base = adapters.identify(checkpoint)
         spec, lora, hosted = _adapter(adapter, linears(config), base, experts_home, experts == "host")
         params = load_params(checkpoint, config, abstract_params(config, dtype, experts), weights, progress=progress)

@@ -38,7 +38,7 @@ def resolve(settings: config.Lora, linears: Linears) -> LoraSpec:
     entries = []
     for path in sorted(chosen):
         rank, alpha = ranks.get(path, settings.rank), float(alphas.get(path, settings.alpha))
-        entries.append((path, Adapter(rank, alpha, settings.dropout, settings.rslora)))
+        entries.append((path, Adapter(rank, alpha, settings.dropout or 0.0, settings.rslora)))
     return LoraSpec(tuple(entries))
 
 

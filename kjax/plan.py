@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from kjax import adapters, hosted, lora, lora_targets, models, optimizer, step
+from kjax import hosted, job, lora, models, optimizer, step
 from kjax.config import Config, Train
 from kjax.fit import saves_to_come
 from kjax.offload import host_lora
@@ -57,15 +57,6 @@ class Traced(NamedTuple):
     @property
     def total(self) -> int:
         return self.weights + self.state + self.batch + self.saved + self.working
-
-
-def lora_spec(config: Config, model: models.ModelConfig) -> lora.LoraSpec:
-    """The adapters that a run trains: those of Model.adapter where it is set, else those that Lora describes."""
-    linears = models.linears(model)
-    if config.model.adapter is None:
-        return lora_targets.resolve(config.lora, linears)
-    spec = adapters.spec(config.model.adapter, linears)
-    return spec.with_dropout(config.lora.dropout) if config.lora.dropout else spec
 
 
 def hosts_adapters(config: Config, model: models.ModelConfig, spec: lora.LoraSpec, on_cpu: bool) -> bool:
@@ -132,7 +123,7 @@ def plan(config: Config, on: Machine) -> Plan:
     experts, others = formats(content, model.quantization, str(path))
     shapes = flatten_dict(models.abstract_params(model, config.model.dtype, "device"), sep="/")
     counts = sizes.parameters(shapes)
-    spec = lora_spec(config, model)
+    spec = job.lora_spec(config, models.linears(model))
     table = lora.table(spec, models.linears(model), int(counts[-2].amount))
     trained = {row.group: row.parameters for row in table.rows[:-1]}
 

@@ -36,7 +36,7 @@ def train(config: Config, resume: bool | str = False, overwrite: bool = False, *
         if overwrite and config.model.adapter is not None:
             directory.require_outside("Model.adapter", config.model.adapter)
         saved = _saved_state(directory, console) if resume else None
-        prepared = job.prepare(config)
+        prepared = job.prepare(config, resuming=saved is not None)
         rows = job.rows(prepared, directory.path, _ext.isa()["name"], _ext.threads())
         banner(console, "kjax: resuming" if resume else "kjax", rows, prepared.table)
         if saved is not None:

@@ -9,7 +9,7 @@ import sys
 
 import jax
 
-from kjax import gin_config, plan, step
+from kjax import gin_config, job, models, plan, step
 from kjax.models import ModelConfig
 from kjax.planning import memory
 
@@ -76,7 +76,7 @@ def ratio(config, content) -> tuple[float, str]:
     """Planned over compiled: arguments, outputs that are not written over arguments, and temporaries."""
     on_cpu = jax.default_backend() == "cpu"
     model = ModelConfig.from_json(content)
-    run, args = plan.abstract_step(config, model, plan.lora_spec(config, model), on_cpu)
+    run, args = plan.abstract_step(config, model, job.lora_spec(config, models.linears(model)), on_cpu)
     planned = memory.usage(jax.make_jaxpr(run)(*args), [True] * len(jax.tree.leaves(args[0])), merge=on_cpu)
     # Memory is assigned before code is generated: without optimising that, compilation takes half as long.
     options = step.compiler_options() | ({"xla_backend_optimization_level": 0} if on_cpu else {})

@@ -18,12 +18,14 @@ import pytest
 from kjax import checkpoint, config, step
 from kjax.errors import RunError
 from kjax.identity import Identity, differences
+from kjax.lora import Adapter, LoraSpec
 from kjax.optimizer import optimizer
 from kjax.run_directory import RunDirectory
 
 CONFIG = config.Config(model=config.Model(directory="base"), data=config.Data(dataset="rows.jsonl"),
                        train=config.Train(run_dir="run"))
-IDENTITY = Identity.of(CONFIG, base="b" * 64, dataset="d" * 64)
+SPEC = LoraSpec((("moe_layers/self_attn/q_proj", Adapter(2, 4.0)),))
+IDENTITY = Identity.of(CONFIG, "b" * 64, "d" * 64, SPEC)
 
 
 def make_state(number=3, seed=0, rank=2):
@@ -192,10 +194,21 @@ def test_differences_are_listed_and_weighed(checkpoints):
     changed = dataclasses.replace(
         CONFIG, train=dataclasses.replace(CONFIG.train, run_dir="elsewhere", save_steps=5, seed=1),
         lora=dataclasses.replace(CONFIG.lora, targets=("shared",)))
-    said, binding = differences(manifest, Identity.of(changed, "b" * 64, "e" * 64))
+    said, binding = differences(manifest, Identity.of(changed, "b" * 64, "e" * 64, SPEC))
     assert said == ["lora.targets: ['attention'] -> ['shared']", "train.save_steps: None -> 5", "train.seed: 0 -> 1",
                     "the dataset's tokens: dddddddddddd -> eeeeeeeeeeee (SHA-256)"]
     assert binding == [said[0], said[2], said[3]]
+
+
+def test_a_scale_that_the_settings_do_not_tell_is_binding(checkpoints):
+    """Of an adapter that a run goes on from, which may be replaced meanwhile."""
+    save(checkpoints, 1)
+    manifest = checkpoints.latest()[1]
+    other = LoraSpec(((SPEC.paths[0], Adapter(2, 8.0)),))
+    said, binding = differences(manifest, Identity.of(CONFIG, "b" * 64, "d" * 64, other))
+    assert said == binding == ["the scale of the adapter of moe_layers/self_attn/q_proj: 2.0 -> 4.0"]
+    del manifest["adapter"]  # of a state that was saved before they were recorded
+    assert differences(manifest, Identity.of(CONFIG, "b" * 64, "d" * 64, other)) == ([], [])
 
 
 def open_directory(path, resume=False, overwrite=False):

@@ -17,8 +17,6 @@ from kjax import gin_config, log
 from kjax.errors import ConfigError, RunError
 from kjax.run import Run
 
-pytestmark = pytest.mark.plain_xla
-
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 

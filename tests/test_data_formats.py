@@ -169,9 +169,10 @@ def message_rows(*roles_and_texts):
     return {"messages": [{"role": r, "content": t} for r, t in roles_and_texts]}
 
 
-def reasoned(reasoning, text):
-    return {"messages": [{"role": "user", "content": "a"},
-                         {"role": "assistant", "reasoning_content": reasoning, "content": text}]}
+def reasoned(reasoning, text, key="reasoning_content", **more):
+    """A row whose reply holds its reasoning beside its text; nulls in the user's message, as some files have them."""
+    return {"messages": [{"role": "user", "content": "a", "thinking": None},
+                         {"role": "assistant", key: reasoning, "content": text, **more}]}
 
 
 @pytest.mark.parametrize("row, message", [
@@ -195,6 +196,8 @@ def reasoned(reasoning, text):
      "message 1 is from 'user' and holds reasoning_content"),
     (reasoned(["r"], "b"), "message 2: reasoning_content must be text, not list"),
     (reasoned("r", "\n<think>q</think>b"), "message 2 holds reasoning_content, but also <think>"),
+    (MESSAGES | {"label": False}, "column 'label' is not supported"),
+    (reasoned("r", "b", thinking="s"), "message 2 holds reasoning_content and thinking, which differ"),
     (reasoned("r", "q</think>b"), "keep its reasoning in one of the two"),
     (reasoned("r</think>", "b"), "keep its reasoning in one of the two"),
     (MESSAGES | {"tools": [{"type": "function"}]}, "column 'tools' is not supported.*dataset_info.json"),
@@ -218,12 +221,24 @@ def test_wrong_turns(tmp_path, row, message):
     ("\nr\n", "\n\nb ", "<think>\nr\n</think>\n\nb "),
     ("", " b", " b"), ("\n", "b", "b"), (None, "<think>q</think>b", "<think>q</think>b"),
 ])  # fmt: skip
-def test_reasoning_beside_a_reply_goes_before_it(tmp_path, reasoning, text, content):
-    row = reasoned(reasoning, text)
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_beside_a_reply_goes_before_it(tmp_path, reasoning, text, content, key):
+    row = reasoned(reasoning, text, key)
     assert turns(read(write(tmp_path / "m.json", [row]))[0])[1] == ("assistant", content)
-    turn = {"from": "gpt", "reasoning_content": reasoning, "value": text}
+    turn = {"from": "gpt", key: reasoning, "value": text}
     row = {"conversations": [{"from": "human", "value": "a"}, turn]}
     assert turns(read(write(tmp_path / "s.json", [row]))[0])[1] == ("assistant", content)
+
+
+@pytest.mark.parametrize("column, value", [("kto_tag", False), ("images", ["a.png"]), ("label", True)])
+def test_an_alpaca_row_that_is_no_text_dialogue(tmp_path, column, value):
+    with pytest.raises(DataError, match=f"a.json, row 2: column '{column}' is not supported.*dataset_info.json"):
+        read(write(tmp_path / "a.json", [ALPACA, ALPACA | {column: value}]))
+
+
+def test_columns_of_an_ordinary_alpaca_file_are_passed_over(tmp_path):
+    more = ({"label": "positive"}, {"label": 1}, {"images": []}, {"rejected": "worse"}, {"source": True})
+    assert len(read(write(tmp_path / "a.json", [ALPACA | row for row in more]))) == 5
 
 
 def test_columns_that_hold_nothing_are_passed_over(tmp_path):

@@ -42,6 +42,17 @@ def test_samples_and_report(settings):
         assert fact in text, fact
 
 
+def test_rows_are_shown_with_the_template_of_the_adapter_that_is_trained_on(settings, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' %}as the adapter has it: "
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}")
+    model = dataclasses.replace(settings.model, adapter=str(tmp_path / "adapter"))
+    without = dataclasses.replace(settings, model=model, data=dataclasses.replace(settings.data, template=None))
+    assert "as the adapter has it: ⟦<think>the" in printed(without, colour=False)
+    assert "as the adapter has it" not in printed(dataclasses.replace(settings, model=model), colour=False)
+
+
 def test_rows_are_held_out_as_the_run_does(settings, tmp_path):
     rows = [{"instruction": f"a {number}", "output": "the cat"} for number in range(20)]
     (tmp_path / "d.json").write_text(json.dumps(rows))

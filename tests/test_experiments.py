@@ -18,8 +18,6 @@ from kjax.errors import CheckpointError
 from kjax.models import ModelConfig, abstract_params
 from kjax.weights.safetensors import Checkpoint
 
-pytestmark = pytest.mark.plain_xla
-
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
 BASE = EXPERIMENTS / "tiny_base"

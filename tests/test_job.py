@@ -29,7 +29,10 @@ def test_a_run_goes_on_from_an_adapter_as_it_was_trained(continued):
     directory, adapter = continued
     made = job.prepare(tiny.settings(directory, model__adapter=str(adapter)))
     assert "first" in made.tokenizer.chat_template
-    assert {entry.dropout for _, entry in made.spec.entries} == {0.25}
+    assert {entry.dropout for _, entry in made.spec.entries} == {0.25} and made.adapter is not None
+    rows = dict(job.rows(made, directory, "scalar", 1))
+    assert rows["adapter"].endswith("with its targets, ranks and scales; dropout 0.25")
+    assert job.prepare(made.config, resuming=True).adapter is None, "a saved state has its own"
 
 
 def test_dropout_and_template_that_are_set_go_before_those_of_the_adapter(continued):
@@ -37,4 +40,5 @@ def test_dropout_and_template_that_are_set_go_before_those_of_the_adapter(contin
     made = job.prepare(tiny.settings(directory, model__adapter=str(adapter), lora__dropout=0.5,
                                      data__template=template(directory, "second")))
     assert {entry.dropout for _, entry in made.spec.entries} == {0.5} and made.dropout
+    assert not job.prepare(tiny.settings(directory, model__adapter=str(adapter), lora__dropout=0.0)).dropout
     assert "second" in made.tokenizer.chat_template

@@ -8,7 +8,7 @@ import adapter_cases
 import pytest
 from test_plan import TINY, amounts, settings
 
-from kjax import adapter_layouts, adapters, models, plan
+from kjax import adapter_layouts, adapters, job, models, plan
 from kjax.errors import CheckpointError, RunError
 from kjax.fit import saves_to_come
 from kjax.lora import LoraSpec
@@ -59,14 +59,13 @@ def test_the_dropout_of_an_adapter_is_planned_unless_another_is_set(wide):
 
     def planned(*bindings):
         config = settings(wide, setting, *bindings)
-        spec = plan.lora_spec(config, model)
+        spec = job.lora_spec(config, models.linears(model))
         return {found.dropout for _, found in spec.entries}, plan.traced(config, model, spec, False).working
 
-    without, _ = adapter(wide / "without", WIDE)
     kept, working = planned()
-    assert kept == {0.25} and working > plan.traced(settings(wide, without), model,
-                                                    plan.lora_spec(settings(wide, without), model), False).working
-    assert planned("Lora.dropout=0.5") == ({0.5}, working)
+    assert kept == {0.25} and planned("Lora.dropout=0.5") == ({0.5}, working)
+    none, less = planned("Lora.dropout=0.0")
+    assert none == {0.0} and less < working
 
 
 def test_an_adapter_that_is_missing_is_refused_as_in_training(wide):

@@ -17,8 +17,6 @@ from kjax.fit import Fit
 from kjax.offload.resident import Resident
 from kjax.train import train
 
-pytestmark = pytest.mark.plain_xla
-
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):

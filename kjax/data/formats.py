@@ -23,6 +23,7 @@ _TAGS = {
 _KNOWN_COLUMNS = {"alpaca": ("prompt", "query", "response", "history", "system"),
                   "sharegpt": ("messages", "system"), "messages": ("messages", "system")}
 _REFUSED_COLUMNS = ("tools", "images", "videos", "audios", "chosen", "rejected", "kto_tag")
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # beside a message's text, by who wrote it
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ def load_conversations(dataset: str, settings: config.Data, select: Mapping[str,
                             "rows are not repeated")
         rows = rows[: source.num_samples]
     rows = rows[: settings.limit]
-    if source.format is None and name != "alpaca":
-        _check_columns(rows)
+    if source.format is None:
+        # An alpaca row that is trained has its reply in a column of its own, whatever it is preferred to.
+        _check_columns(rows, [c for c in _REFUSED_COLUMNS if name != "alpaca" or c not in ("chosen", "rejected")])
     convert: Callable = _alpaca if name == "alpaca" else _turns
     return [convert(row, columns, tags) for row in rows]
 
@@ -104,14 +106,16 @@ def _check_names(source: Source, name: str, tags: Mapping[str, str]):
                             + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}"))
 
 
-def _check_columns(rows: list[Row]):
+def _check_columns(rows: list[Row], refused: list[str]):
     """Of a file without an entry, no column is passed over that changes what its messages mean."""
     for row in rows:
-        for column in _REFUSED_COLUMNS:
-            if row.values.get(column) not in (None, "", [], {}, "[]"):  # "[]": tools are often JSON within text
-                raise DataError(f"{row.where}: column {column!r} is not supported; only text dialogues are trained. "
-                                "An entry of a dataset_info.json (data.dataset_dir) reads the columns that it names "
-                                "and passes over others")
+        found = [c for c in refused if row.values.get(c) not in (None, "", [], {}, "[]")]  # tools are often JSON text
+        if isinstance(row.values.get("label"), bool):  # of KTO's rows: whether the reply is a wanted one
+            found.append("label")
+        if found:
+            raise DataError(f"{row.where}: column {found[0]!r} is not supported; only text dialogues are trained. "
+                            "An entry of a dataset_info.json (data.dataset_dir) reads the columns that it names "
+                            "and passes over others")
 
 
 def _default_columns(name: str, rows: list[Row]) -> dict[str, str]:
@@ -207,16 +211,19 @@ def _turns(row: Row, columns: Mapping[str, str], tags: Mapping[str, str]) -> Con
 def _content(turn: Mapping[str, Any], role: str, number: int, tags: Mapping[str, str], row: Row) -> str:
     """Text of a turn; reasoning that stands beside it goes before it, with the line breaks that DeepSeek-R1 writes."""
     content = _string(turn[tags["content_tag"]], f"message {number}", row)
-    reasoning = turn.get("reasoning_content")
-    reasoning = "" if reasoning is None else _string(reasoning, f"message {number}: reasoning_content", row).strip()
-    if not reasoning:
+    held = {key: text for key in _REASONING if turn.get(key)
+            and (text := _string(turn[key], f"message {number}: {key}", row).strip())}
+    if not held:
         return content
+    key, reasoning = next(iter(held.items()))
     if role != "assistant":
-        raise DataError(f"{row.where}: message {number} is from {turn[tags['role_tag']]!r} and holds "
-                        "reasoning_content: only the assistant reasons")
+        raise DataError(f"{row.where}: message {number} is from {turn[tags['role_tag']]!r} and holds {key}: only the "
+                        "assistant reasons")
+    if len(set(held.values())) > 1:
+        raise DataError(f"{row.where}: message {number} holds {' and '.join(held)}, which differ; keep one of them")
     if content.lstrip().startswith("<think>") or "</think>" in content + reasoning:
-        raise DataError(f"{row.where}: message {number} holds reasoning_content, but also <think> or </think> in its "
-                        "text; keep its reasoning in one of the two")
+        raise DataError(f"{row.where}: message {number} holds {key}, but also <think> or </think> in its text; keep "
+                        "its reasoning in one of the two")
     return f"<think>\n{reasoning}\n</think>\n\n{content.lstrip()}"
 
 

@@ -136,7 +136,7 @@ def preview(dataset: Dataset, tokenizer: Tokenizer, rows: int | Iterable[int] = 
 
 def show(settings: config.Config, rows: int = 3, console: Console | None = None) -> None:
     """Prints samples and reports of the training and evaluation data of a run."""
-    tokenizer = Tokenizer.load(settings.model.directory, settings.data.template)
+    tokenizer = Tokenizer.of_run(settings)
     console = console or Console(highlight=False)
     train, evaluation = load(settings.data, tokenizer, settings.train.seed)
     batches = Batches.of_run(settings, train)

@@ -42,6 +42,15 @@ _REQUIRED = {
 }
 
 
+OF_ADAPTER = "chat_template.jinja"  # beside an adapter: the one that it was trained with
+
+
+def of_adapter(directory: str | os.PathLike | None) -> str | None:
+    """The file of the chat template that an adapter was trained with, where it has one."""
+    path = Path(directory) / OF_ADAPTER if directory is not None else None
+    return str(path) if path is not None and path.is_file() else None
+
+
 @dataclass(frozen=True)
 class Template:
     """Jinja source and the name a message can give it."""

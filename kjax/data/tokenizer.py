@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from kjax import config
 from kjax.data import chat, templates, tiktoken_file
 from kjax.errors import DataError
 
@@ -74,6 +75,12 @@ class Tokenizer:
         return cls(bpe, specials, name=str(directory), variables=variables, bos=variables.get("bos_token"),
                    add_bos=settings.get("add_bos_token") is True, stops=stops,
                    template=templates.find(template, directory, settings, ids))
+
+    @classmethod
+    def of_run(cls, settings: config.Config) -> "Tokenizer":
+        """The tokenizer of a run, with the template that Data names, or else that of Model.adapter, or the model's."""
+        return cls.load(settings.model.directory,
+                        settings.data.template or templates.of_adapter(settings.model.adapter))
 
     def _check(self):
         """Text comes back exactly, and its ids are those of text alone."""

@@ -1,8 +1,9 @@
 """How much host memory the activations kept between a forward and its backward may take, and what became of them.
 
 The stash itself lives beside the kernels (ext/stash.cpp): a forward that will be differentiated leaves the gate and up
-activations there, 2*F numbers per route, under a slip that only its own backward holds. An entry is taken once; the
-oldest leave when the budget is full, and a backward that misses recomputes them from x with equal bits.
+activations there, 2*F numbers per route and the products with the adapters' A, under a slip that only its own backward
+holds. An entry is taken once; the oldest leave when the budget is full, and a backward that misses recomputes them from
+x with equal bits.
 """
 
 from kjax import _ext

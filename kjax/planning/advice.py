@@ -76,7 +76,9 @@ def _main_memory(config: Config, change: Change, on: Machine, needs_with) -> str
         if _hopeless(needs, on):
             continue
         enough = functools.partial(fits, form=form)
-        more = {} if enough({}) else _first(_steps(_changed(config, change), needs, on), enough)
+        steps = [step for step in _steps(_changed(config, change), needs, on)
+                 if on.device is None or ("model", "weights") not in step]  # low-bit ones add the embedding table
+        more = {} if enough({}) else _first(steps, enough)
         if more is None:
             continue
         if form is None:
