@@ -57,6 +57,10 @@ def saved(tmp_path):
     return weights, entries(tmp_path / "a.safetensors") | entries(tmp_path / "b.safetensors")
 
 
+def is_mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
 def test_reads_shards_where_they_are(saved):
     weights, found = saved
     with ExpertStore(projections(found)) as store:
@@ -109,8 +113,9 @@ def test_a_place_outside_the_file_is_refused(saved):
     name = "layers.0.experts.0.gate_proj"
     size = found[name].path.stat().st_size
     for begin in (size - 8, size + 4096, -8, 2**62):
-        with pytest.raises(Exception, match="buffer|offset|end"):
+        with pytest.raises(Exception, match="buffer|offset|end") as error:
             ExpertStore(projections(found | {name: change(found[name], begin=begin)}))
+        assert error.traceback and not is_mapped(found[name].path), "what the traceback holds is closed"
 
 
 def test_nan_and_inf_are_named(tmp_path):
@@ -120,6 +125,7 @@ def test_nan_and_inf_are_named(tmp_path):
     save_file(tensors(weights), tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError) as error:
         ExpertStore(projections(entries(tmp_path / "model.safetensors")))
+    assert not is_mapped(tmp_path / "model.safetensors")
     named = str(error.value).splitlines()[1:]
     assert [n.strip() for n in named] == ["layers.0.experts.1.gate_proj", "layers.1.experts.0.down_proj"]
 
