@@ -84,11 +84,14 @@ def test_a_copy_drops_the_page_cache(tmp_path):
             return False
 
     try:
-        os.pread(handle, 10, os.fstat(handle).st_size // 2)
-        if not cached():
-            pytest.skip("this file system does not tell what is cached")
-        ExpertStore(found, storage="resident").close()
-        assert not cached()
+        for attempt in range(10):  # the kernel keeps pages that are still on their way through its lists
+            os.pread(handle, 10, os.fstat(handle).st_size // 2)
+            if not attempt and not cached():
+                pytest.skip("this file system does not tell what is cached")
+            ExpertStore(found, storage="resident").close()
+            if not cached():
+                return
+        raise AssertionError("it stays in the page cache")
     except OSError as error:
         pytest.skip(f"this file system does not tell what is cached: {error}")
     finally:
