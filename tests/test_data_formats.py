@@ -87,6 +87,7 @@ def test_alpaca_entry_uses_history_only_when_mapped(tmp_path):
     ({"file_name": "d.json", "colums": {}}, "unknown key 'colums'"),
     ({"file_name": "d.json", "columns": {"promt": "instruction"}}, "did you mean 'prompt'"),
     ({"file_name": "d.json", "columns": {"images": "i"}}, "'images' is not supported"),
+    ({"file_name": "d.json", "columns": {"kto_tag": "good"}}, r"data.select = {'good': True}.*not name 'good'"),
     ({"file_name": "d.json", "columns": {"prompt": "question"}}, "no column 'question'.*instruction, input, output"),
     ({"file_name": "d.json", "columns": {"system": "sys"}}, "no column 'sys'"),
     ({"file_name": "d.json", "formatting": "kto"}, "'kto' is not one of"),
@@ -195,6 +196,7 @@ def reasoned(reasoning, text, key="reasoning_content", **more):
     ({"messages": [{"role": "user", "content": "a", "reasoning_content": "r"}, {"role": "assistant", "content": "b"}]},
      "message 1 is from 'user' and holds reasoning_content"),
     (reasoned(["r"], "b"), "message 2: reasoning_content must be text, not list"),
+    (reasoned([], "b"), "message 2: reasoning_content must be text, not list"),
     (reasoned("r", "\n<think>q</think>b"), "message 2 holds reasoning_content, but also <think>"),
     (MESSAGES | {"label": False}, "column 'label' is not supported"),
     (reasoned("r", "b", thinking="s"), "message 2 holds reasoning_content and thinking, which differ"),
@@ -234,6 +236,18 @@ def test_reasoning_beside_a_reply_goes_before_it(tmp_path, reasoning, text, cont
 def test_an_alpaca_row_that_is_no_text_dialogue(tmp_path, column, value):
     with pytest.raises(DataError, match=f"a.json, row 2: column '{column}' is not supported.*dataset_info.json"):
         read(write(tmp_path / "a.json", [ALPACA, ALPACA | {column: value}]))
+
+
+def test_wanted_replies_are_selected_by_their_label(tmp_path):
+    path = write(tmp_path / "kto.json", [MESSAGES | {"label": label} for label in (True, False, True)])
+    with pytest.raises(DataError, match=r"kto.json, row 1: column 'label'.*data.select = {'label': True} keeps"):
+        read(path)
+    assert [c.where[-5:] for c in read(path, {"label": True})] == ["row 1", "row 3"]
+
+
+def test_the_same_reasoning_under_two_keys_is_read_once(tmp_path):
+    path = write(tmp_path / "m.json", [reasoned("r", "b", thinking="r\n")])
+    assert turns(read(path)[0])[1] == ("assistant", "<think>\nr\n</think>\n\nb")
 
 
 def test_columns_of_an_ordinary_alpaca_file_are_passed_over(tmp_path):

@@ -65,7 +65,8 @@ def load_conversations(dataset: str, settings: config.Data, select: Mapping[str,
     rows = rows[: settings.limit]
     if source.format is None:
         # An alpaca row that is trained has its reply in a column of its own, whatever it is preferred to.
-        _check_columns(rows, [c for c in _REFUSED_COLUMNS if name != "alpaca" or c not in ("chosen", "rejected")])
+        passed = {*(select or {}), *(("chosen", "rejected") if name == "alpaca" else ())}
+        _check_columns(rows, [c for c in (*_REFUSED_COLUMNS, "label") if c not in passed])
     convert: Callable = _alpaca if name == "alpaca" else _turns
     return [convert(row, columns, tags) for row in rows]
 
@@ -99,7 +100,9 @@ def _check_names(source: Source, name: str, tags: Mapping[str, str]):
     for key, known, what in [(k, _KNOWN_COLUMNS[name], "columns") for k in source.columns] + [
             (k, tuple(_TAGS.get(name, ())), "tags") for k in source.tags]:
         if key in _REFUSED_COLUMNS:
-            raise DataError(f"{source.path}: {what} entry {key!r} is not supported; only text dialogues are trained")
+            column = {**source.tags, **source.columns}[key]
+            raise DataError(f"{source.path}: {what} entry {key!r} is not supported; {_reason(key, column)}. An entry "
+                            f"of dataset_info.json that does not name {column!r} passes over it")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise DataError(f"{source.path}: unknown {what} entry {key!r} for format {name}"
@@ -109,13 +112,23 @@ def _check_names(source: Source, name: str, tags: Mapping[str, str]):
 def _check_columns(rows: list[Row], refused: list[str]):
     """Of a file without an entry, no column is passed over that changes what its messages mean."""
     for row in rows:
-        found = [c for c in refused if row.values.get(c) not in (None, "", [], {}, "[]")]  # tools are often JSON text
-        if isinstance(row.values.get("label"), bool):  # of KTO's rows: whether the reply is a wanted one
-            found.append("label")
-        if found:
-            raise DataError(f"{row.where}: column {found[0]!r} is not supported; only text dialogues are trained. "
-                            "An entry of a dataset_info.json (data.dataset_dir) reads the columns that it names "
-                            "and passes over others")
+        for column in refused:
+            if _changes_meaning(column, row.values.get(column)):
+                raise DataError(f"{row.where}: column {column!r} is not supported; {_reason(column, column)}. An entry "
+                                "of a dataset_info.json (data.dataset_dir) reads the columns that it names and passes "
+                                "over others")
+
+
+def _changes_meaning(column: str, value) -> bool:
+    if column == "label":  # of KTO's rows where it is true or false; of classifications otherwise
+        return isinstance(value, bool)
+    return value not in (None, "", [], {}, "[]")  # tools are often JSON within text
+
+
+def _reason(key: str, column: str) -> str:
+    if key in ("kto_tag", "label"):
+        return f"unwanted replies would be trained too; data.select = {{{column!r}: True}} keeps the wanted ones"
+    return "only text dialogues are trained"
 
 
 def _default_columns(name: str, rows: list[Row]) -> dict[str, str]:
@@ -211,7 +224,7 @@ def _turns(row: Row, columns: Mapping[str, str], tags: Mapping[str, str]) -> Con
 def _content(turn: Mapping[str, Any], role: str, number: int, tags: Mapping[str, str], row: Row) -> str:
     """Text of a turn; reasoning that stands beside it goes before it, with the line breaks that DeepSeek-R1 writes."""
     content = _string(turn[tags["content_tag"]], f"message {number}", row)
-    held = {key: text for key in _REASONING if turn.get(key)
+    held = {key: text for key in _REASONING if turn.get(key) is not None
             and (text := _string(turn[key], f"message {number}: {key}", row).strip())}
     if not held:
         return content
