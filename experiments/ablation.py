@@ -19,7 +19,7 @@ from rich.console import Console
 import kjax
 from kjax import gin_config, gin_reader
 from kjax.checkpoint import Checkpoints
-from kjax.compare import compare
+from kjax.cli import gin_bindings
 from kjax.config import Config
 from kjax.errors import ConfigError, KjaxError, RunError
 from kjax.run import Run
@@ -109,9 +109,9 @@ def main() -> int:
     parser.add_argument("--gin_file", action="append", required=True, metavar="FILE")
     parser.add_argument("--over", action="append", required=True, metavar="NAME=[VALUE, ...]")
     parser.add_argument("--overwrite", action="store_true", help="make all runs anew")
-    bindings = [text.removeprefix("--gin.") for text in sys.argv[1:] if text.startswith("--gin.")]
-    args = parser.parse_args([text for text in sys.argv[1:] if not text.startswith("--gin.")])
-    console, done, failed, code = Console(), {}, [], 0
+    rest, bindings = gin_bindings(sys.argv[1:])
+    args = parser.parse_args(rest)
+    console, done, failed, code, comparison = Console(), {}, [], 0, None
     try:
         planned = variants(args.gin_file, bindings, [axis(text) for text in args.over])
         home = Path(planned[0].config.train.run_dir).parent
@@ -131,13 +131,14 @@ def main() -> int:
             continue
         if result.losses:
             done.setdefault(variant.row, []).append(result)
-            files = compare(done).write(home)
+            comparison = kjax.compare(done)
+            files = comparison.write(home)
         if result.exit_code:
             code = result.exit_code
             console.print("stopped; the same command goes on from here", markup=False)
             break
-    if done:
-        console.print(compare(done))
+    if comparison is not None:
+        console.print(comparison)
         console.print(*files, sep="\n", soft_wrap=True, markup=False, highlight=False)
     for text in failed:
         console.print(text, soft_wrap=True, markup=False)

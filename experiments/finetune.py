@@ -12,6 +12,7 @@ from rich.console import Console
 
 import kjax
 from kjax import gin_config
+from kjax.cli import gin_bindings
 from kjax.errors import KjaxError
 
 
@@ -21,8 +22,8 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--gin_file", action="append", required=True, metavar="FILE")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
-    bindings = [text.removeprefix("--gin.") for text in argv if text.startswith("--gin.")]
-    return parser.parse_args([text for text in argv if not text.startswith("--gin.")]), bindings
+    rest, bindings = gin_bindings(argv)
+    return parser.parse_args(rest), bindings
 
 
 def main() -> int:

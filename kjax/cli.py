@@ -17,14 +17,19 @@ GIN_HELP = "--gin.NAME=VALUE (repeatable) binds a setting (Lora.rank) or a macro
 AGAIN = "after an interruption the same command goes on from DIR.partial"
 
 
+def gin_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is left of a command line, and NAME=VALUE of each --gin.NAME=VALUE in it."""
+    bindings = [arg.removeprefix("--gin.") for arg in argv if arg.startswith("--gin.")]
+    return [arg for arg in argv if not arg.startswith("--gin.")], bindings
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code. KJAX_DEBUG=1 shows the traceback of an error."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, bindings = gin_bindings(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    bindings = [arg for arg in argv if arg.startswith("--gin.")]
-    args = parser.parse_args([arg for arg in argv if not arg.startswith("--gin.")])
+    args = parser.parse_args(argv)
     if bindings and not hasattr(args, "gin_file"):
-        parser.error(f"{bindings[0]}: {args.command} takes no gin settings")
+        parser.error(f"--gin.{bindings[0]}: {args.command} takes no gin settings")
     args.bindings = bindings
     debug = os.environ.get("KJAX_DEBUG") == "1"
     with warnings.catch_warnings():

@@ -5,7 +5,6 @@ import html
 import io
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from kjax.run import Run
 TABLE, FIGURES, PLOT = "comparison.md", "comparison.json", "comparison.png"
 
 
-def compare(runs: "Mapping[str, Run | str | Path | Sequence[Run | str | Path]]") -> "Comparison":
+def compare(runs: Mapping[str, Run | str | Path | Sequence[Run | str | Path]]) -> "Comparison":
     """Puts runs side by side.
 
         kjax.compare({"rank 2": first, "rank 8": "runs/rank8", "rank 32": [seed_0, seed_1]})
@@ -149,9 +148,7 @@ class Comparison:
         files = {TABLE: self.markdown().encode(), FIGURES: json.dumps(figures, indent=1).encode() + b"\n",
                  PLOT: self.picture()}
         for name, content in files.items():
-            partial = Path(directory) / f".{name}.partial"
-            partial.write_bytes(content)
-            os.replace(partial, Path(directory) / name)
+            log.write_whole(Path(directory) / name, content)
         return [Path(directory) / name for name in files]
 
 

@@ -54,11 +54,14 @@ class Job:
         return any(adapter.dropout > 0 for _, adapter in self.spec.entries)
 
 
-def lora_spec(config: Config, linears: lora.Linears) -> lora.LoraSpec:
-    """The adapters that a run trains: those of Model.adapter where it is set, else those that Lora describes."""
+def lora_spec(config: Config, linears: lora.Linears, loaded: lora.LoraSpec | None = None) -> lora.LoraSpec:
+    """The adapters that a run trains: those of Model.adapter where it is set, else those that Lora describes.
+
+    loaded: the spec of Model.adapter, where its files have been read.
+    """
     if config.model.adapter is None:
         return lora_targets.resolve(config.lora, linears)
-    spec = adapters.spec(config.model.adapter, linears)
+    spec = loaded or adapters.spec(config.model.adapter, linears)
     return spec if config.lora.dropout is None else spec.with_dropout(config.lora.dropout)
 
 
@@ -77,9 +80,10 @@ def prepare(config: Config, resuming: bool = False) -> Job:
         hosted = model.num_moe_layers and config.model.experts == "host"
         sources = expert_sources(files, model) if hosted else None
         hashed = base_hash(files.directory, entries)
-    spec, tree = lora_spec(config, linears), None
+    loaded = tree = None
     if config.model.adapter is not None and not resuming:
-        _, tree = adapters.load(config.model.adapter, linears, base)
+        loaded, tree = adapters.load(config.model.adapter, linears, base)
+    spec = lora_spec(config, linears, loaded)
     tokenizer = data.Tokenizer.of_run(config)
     train, evaluation = data.load(config.data, tokenizer, config.train.seed)
     for dataset in (train, evaluation):

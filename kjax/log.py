@@ -1,6 +1,7 @@
 """The record of a run: trainer_log.jsonl with LLaMA-Factory's keys, TensorBoard scalars and the loss plots."""
 
 import datetime
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -68,9 +69,9 @@ def plot(path: Path, label: str, curve: Sequence[tuple[int, float]], *, smooth: 
         axes.plot(steps, values, color="tab:orange", label=label, **marker)
     axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.3)
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    write_whole(path, drawn.getvalue())
 
 
 class RunLog:
@@ -88,7 +89,7 @@ class RunLog:
         self.total_tokens = max((entry.get("total_tokens", 0) for entry in self._entries), default=0)
         self._seconds_before = max((entry.get("elapsed_seconds", 0.0) for entry in self._entries), default=0.0)
         self.seconds = self._seconds_before
-        _write_whole(directory / LOG, "".join(json.dumps(entry) + "\n" for entry in self._entries))
+        write_whole(directory / LOG, "".join(json.dumps(entry) + "\n" for entry in self._entries).encode())
         self._file = open(directory / LOG, "a", encoding="utf-8", buffering=1)
         self._board = None
         if tensorboard:
@@ -185,7 +186,12 @@ def read(path: Path) -> list[dict]:
     return entries
 
 
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file of a run; what was there stays until the new one is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

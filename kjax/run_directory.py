@@ -185,13 +185,7 @@ class RunDirectory:
 
     def write(self, name: str, text: str) -> None:
         """Write a small file of the run, replacing it as a whole."""
-        partial = self.path / f".{name}.partial"
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, self.path / name)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        log.write_whole(self.path / name, text.encode())
 
 
 def _children(directory: Path) -> list[Path]:

@@ -25,9 +25,12 @@ def continued(tmp_path):
                                    chat_template=made.tokenizer.chat_template)
 
 
-def test_a_run_goes_on_from_an_adapter_as_it_was_trained(continued):
+def test_a_run_goes_on_from_an_adapter_as_it_was_trained(continued, monkeypatch):
     directory, adapter = continued
+    read, opened = [], adapters.opened
+    monkeypatch.setattr(adapters, "opened", lambda *given: read.append(given) or opened(*given))
     made = job.prepare(tiny.settings(directory, model__adapter=str(adapter)))
+    assert len(read) == 1, "its files are large where experts are adapted"
     assert "first" in made.tokenizer.chat_template
     assert {entry.dropout for _, entry in made.spec.entries} == {0.25} and made.adapter is not None
     rows = dict(job.rows(made, directory, "scalar", 1))
