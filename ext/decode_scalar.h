@@ -29,10 +29,8 @@ inline const uint8_t* scale_ptr(Format format, const Matrix& w, int64_t row, int
   const ScaleBlock& block = kScaleBlock[static_cast<int>(format)];
   return w.scales + (row / block.rows * scales_per_row(block, w.cols) + col / block.cols) * block.bytes;
 }
-inline float scale_at(Format format, const Matrix& w, int64_t row, int64_t col) {
-  const ScaleBlock& block = kScaleBlock[static_cast<int>(format)];
-  const uint8_t* const p = scale_ptr(format, w, row, col);
-  if (block.bytes == 2) {
+inline float load_scale(Format format, const uint8_t* p) {
+  if (kScaleBlock[static_cast<int>(format)].bytes == 2) {
     uint16_t bits;
     __builtin_memcpy(&bits, p, 2);
     return bf16_to_float(bits);
@@ -40,6 +38,9 @@ inline float scale_at(Format format, const Matrix& w, int64_t row, int64_t col) 
   float scale;
   __builtin_memcpy(&scale, p, 4);
   return scale;
+}
+inline float scale_at(Format format, const Matrix& w, int64_t row, int64_t col) {
+  return load_scale(format, scale_ptr(format, w, row, col));
 }
 
 // Sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinities, and the code of all ones is NaN.

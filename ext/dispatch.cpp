@@ -33,12 +33,12 @@ struct Isa {
 
 // Best first; each also runs what the ones below it run.
 const std::vector<Isa>& isas() {
-  static const std::vector<std::string> avx512 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"};
-  static const std::vector<std::string> avx512bf16 = {"avx2",     "fma",      "avx512f",     "avx512bw",
+  static const std::vector<std::string> avx512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"};
+  static const std::vector<std::string> avx512bf16 = {"avx2",     "fma",      "f16c",        "avx512f",    "avx512bw",
                                                       "avx512dq", "avx512vl", "avx512_vbmi", "avx512_bf16"};
-  static const std::vector<std::string> amx = {"avx2",     "fma",      "avx512f",      "avx512bw",
-                                               "avx512dq", "avx512vl", "avx512_vbmi",  "avx512_bf16",
-                                               "amx_tile", "amx_bf16", kTilePermission};
+  static const std::vector<std::string> amx = {"avx2",        "fma",      "f16c",     "avx512f",
+                                               "avx512bw",    "avx512dq", "avx512vl", "avx512_vbmi",
+                                               "avx512_bf16", "amx_tile", "amx_bf16", kTilePermission};
   static const std::vector<Isa> all = {
 #if defined(KJAX_AMX)
       {"amx", amx, nullptr, &kAmxGemm, true},
@@ -53,10 +53,10 @@ const std::vector<Isa>& isas() {
 #if defined(KJAX_X86)
       {"amx_soft", avx512, nullptr, &kAmxSoftGemm, true, true},
       {"avx512", avx512, &kAvx512Kernels, nullptr, true},
-      {"avx2", {"avx2", "fma"}, &kAvx2Kernels, nullptr, true},
+      {"avx2", {"avx2", "fma", "f16c"}, &kAvx2Kernels, nullptr, true},
 #else
       {"avx512", avx512, nullptr, nullptr, false},
-      {"avx2", {"avx2", "fma"}, nullptr, nullptr, false},
+      {"avx2", {"avx2", "fma", "f16c"}, nullptr, nullptr, false},
 #endif
       {"scalar", {}, &kScalarKernels, nullptr, true},
   };
@@ -117,15 +117,11 @@ std::set<std::string> features_of(const CpuWords& words, const std::function<boo
   const struct {
     bool set;
     const char* name;
-  } all[] = {{ymm && bit(words.leaf1_ecx, 12), "fma"},
-             {ymm && bit(words.leaf7_ebx, 5), "avx2"},
-             {zmm && bit(words.leaf7_ebx, 16), "avx512f"},
-             {zmm && bit(words.leaf7_ebx, 17), "avx512dq"},
-             {zmm && bit(words.leaf7_ebx, 30), "avx512bw"},
-             {zmm && bit(words.leaf7_ebx, 31), "avx512vl"},
-             {zmm && bit(words.leaf7_ecx, 1), "avx512_vbmi"},
-             {zmm && bit(words.leaf7_1_eax, 5), "avx512_bf16"},
-             {tiles && bit(words.leaf7_edx, 24), "amx_tile"},
+  } all[] = {{ymm && bit(words.leaf1_ecx, 12), "fma"},          {ymm && bit(words.leaf1_ecx, 29), "f16c"},
+             {ymm && bit(words.leaf7_ebx, 5), "avx2"},          {zmm && bit(words.leaf7_ebx, 16), "avx512f"},
+             {zmm && bit(words.leaf7_ebx, 17), "avx512dq"},     {zmm && bit(words.leaf7_ebx, 30), "avx512bw"},
+             {zmm && bit(words.leaf7_ebx, 31), "avx512vl"},     {zmm && bit(words.leaf7_ecx, 1), "avx512_vbmi"},
+             {zmm && bit(words.leaf7_1_eax, 5), "avx512_bf16"}, {tiles && bit(words.leaf7_edx, 24), "amx_tile"},
              {tiles && bit(words.leaf7_edx, 22), "amx_bf16"}};
   for (const auto& feature : all)
     if (feature.set) found.insert(feature.name);

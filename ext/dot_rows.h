@@ -6,14 +6,6 @@ constexpr int64_t kOperandBytes = 32 << 10;  // of operand rows that stay in L1 
 
 inline __m512bh as_bf16(__m512i v) { return (__m512bh)v; }
 
-// Calls f<R> for a number of rows from `least` to `most`.
-template <int least, int most, class F>
-inline void with_rows(int64_t rows, F f) {
-  [&]<int... R>(std::integer_sequence<int, R...>) {
-    ((rows == least + R ? f.template operator()<least + R>() : void()), ...);
-  }(std::make_integer_sequence<int, most - least + 1>());
-}
-
 // The horizontal sums of R <= 16 vectors, one in each lane, zeros behind them.
 template <int R>
 inline __m512 sums_of(const __m512 (&v)[R]) {

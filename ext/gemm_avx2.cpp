@@ -1,5 +1,6 @@
 // AVX2 + FMA kernels: tiles of 6 rows x 16 floats, twelve of sixteen registers.
 #include <immintrin.h>
+#include <utility>
 
 #include "kernels.h"
 
@@ -7,8 +8,8 @@ namespace kjax {
 namespace {
 
 constexpr int kLanes = 8, kRows = 6, kVectors = 2;
-constexpr int64_t kDepth = 256;        // a tile's 16 columns of the panel are 16 KB of L1
-constexpr int64_t kWidth = 2 * kLine;  // and a panel of 128 columns is 128 KB of L2
+constexpr int64_t kDepth = 128;  // with 32 columns a panel is 16 KB of L1
+constexpr int64_t kWidth = 4 * kLine;
 struct V {
   __m256 v;
 };
@@ -26,6 +27,9 @@ inline V sub(V a, V b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline V mul(V a, V b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline V div(V a, V b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+// sum += a * b. Said in assembly, as the compiler otherwise picks forms that overwrite an operand and runs out of
+// registers.
+inline void add_product(V& sum, V a, V b) { __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum.v) : "x"(a.v), "x"(b.v)); }
 inline V min_v(V a, V b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline V max_v(V a, V b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline V round_v(V v) { return {_mm256_round_ps(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -37,6 +41,23 @@ inline float sum(V v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v.v), _mm256_extractf128_ps(v.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+// Four columns of 32 bits of eight rows that lie `step` bytes apart.
+inline void load_columns(const uint8_t* p, int64_t step, V (&out)[4]) {
+  __m256 rows[4], t[4];
+  for (int r = 0; r < 4; ++r) {
+    const float* const low = reinterpret_cast<const float*>(p + r * step);
+    const float* const high = reinterpret_cast<const float*>(p + (r + 4) * step);
+    rows[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+  }
+  for (int i = 0; i < 2; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    out[2 * i].v = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    out[2 * i + 1].v = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+  }
 }
 inline void transpose(V (&b)[kLanes]) {
   __m256 t[8], s[8];
@@ -78,16 +99,32 @@ inline V load_int4(const uint8_t* p) {
   const __m256i codes = _mm256_and_si256(shifted, _mm256_set1_epi32(15));
   return {_mm256_cvtepi32_ps(_mm256_sub_epi32(codes, _mm256_set1_epi32(8)))};
 }
-// Exponents are moved to their place; subnormals are read as if they had the leading bit, which is then taken off.
+// A code of e4m3 moved into the bits of a half is the same number times 2^-8, subnormals included.
 inline V load_e4m3(const uint8_t* p) {
-  const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi32(127));
-  const __m256i subnormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude);
-  const __m256i leading = _mm256_or_si256(magnitude, _mm256_and_si256(subnormal, _mm256_set1_epi32(8)));
-  const __m256i bits = _mm256_add_epi32(_mm256_slli_epi32(leading, 20), _mm256_set1_epi32(120 << 23));
-  const __m256 taken = _mm256_and_ps(_mm256_castsi256_ps(subnormal), _mm256_set1_ps(0.015625f));
-  const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(code, 7), 31);
-  return {_mm256_xor_ps(_mm256_sub_ps(_mm256_castsi256_ps(bits), taken), _mm256_castsi256_ps(sign))};
+  const __m128i code = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(code, 7), _mm_set1_epi16(static_cast<int16_t>(0xbfff))))};
+}
+inline V int8_codes(V words, int i) {
+  const __m256i bits = _mm256_slli_epi32(to_bits(words), 24 - 8 * i);
+  return {_mm256_cvtepi32_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xff000000))))};
+}
+inline V e4m3_codes(V words, int i) {
+  const __m256i bits = _mm256_srai_epi32(_mm256_slli_epi32(to_bits(words), 24 - 8 * i), 4);
+  return from_bits(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0x87f00000))));
+}
+inline V int4_codes(V words, int i) {
+  const __m256i bits = i < 4 ? to_bits(words) : _mm256_srli_epi32(to_bits(words), 16);
+  return {_mm256_cvtepi32_ps(_mm256_and_si256(bits, _mm256_set1_epi32(15 << i % 4 * 4)))};
+}
+inline V int4_scales(const uint8_t* p) {
+  int two;
+  __builtin_memcpy(&two, p, 4);
+  constexpr int a = 0x01008080, b = 0x03028080;  // each to the upper half of a float
+  return from_bits(_mm256_shuffle_epi8(_mm256_set1_epi32(two), _mm256_setr_epi32(a, a, a, a, b, b, b, b)));
+}
+inline void by_eights(const float* p, V (&out)[8]) {
+  for (int l = 0; l < 8; ++l) out[l] = load(p + 8 * l);
+  transpose(out);
 }
 
 inline V widen_bf16(__m128i bits) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))}; }
@@ -117,12 +154,15 @@ inline void store_bf16_n(uint16_t* p, V v, int64_t n) {
 #include "prefetch.h"
 #include "elementwise.h"
 #include "lowrank.h"
+#include "with_rows.h"
+#include "pieces_f32.h"
+#include "few_f32.h"
 #include "gemm_f32.h"
 
 }  // namespace
 
 const FloatKernels kAvx2Kernels = {
-    {"avx2", kWidth, kWidth, KJAX_FORMATS(along), KJAX_FORMATS(across), {}, nullptr, nullptr},
+    {"avx2", kWidth / 2, kWidth, KJAX_FORMATS(along), KJAX_FORMATS(across), {}, nullptr, nullptr},
     {convert, swiglu, swiglu_backward, add_scaled},
     {dots, expand, outer, transpose_into, drop}};
 

@@ -21,6 +21,7 @@ namespace {
 #include "decode_panel.h"
 #include "pace.h"
 #include "decode_ahead.h"
+#include "with_rows.h"
 #include "dot_rows.h"
 #include "panel_across.h"
 #include "lanes.h"

@@ -3,22 +3,18 @@
 // to float blocks in scratch; bf16 products in fp32 are exact. Included inside an unnamed namespace by each float
 // kernel file.
 
-inline Dtype operand_type(Format format) { return kOperandType[static_cast<int>(format)]; }
-
 constexpr int64_t kTileCols = kVectors * kLanes;  // columns of C per tile
-constexpr int64_t kChunk = 16 * kRows;            // rows of A widened at once: they stay in L2 for all columns
-constexpr int64_t kTick = 4;                      // steps of the reduction between two of the prefetch cursor
-// Up to this many rows, weights go along their own row against each operand row instead of through a transposed panel.
-constexpr int64_t kFewRows = 8;
-
-inline void widen(const void* a, Format format, int64_t at, int64_t n, float* out) {
-  convert(static_cast<const uint8_t*>(a) + at * number_size(operand_type(format)), operand_type(format), out,
-          Dtype::kFp32, n, 0);
-}
+// Weights decoded at a time: a panel of this width and depth stays in L1 while the rows of A pass by.
+constexpr int64_t kPanelCols = kTileCols < 32 ? 32 : kTileCols;
+constexpr int64_t kChunk = 48 * kRows;  // rows of A widened at once: they stay in L2 for all columns
+constexpr int64_t kTick = 4;            // steps of the reduction between two of the prefetch cursor
+// Up to this many rows weights are decoded in registers instead of into panels.
+constexpr int64_t kFewAlong[kFormats] = {8, 8, 5, 5, 8, 8}, kFewAcross[kFormats] = {5, 5, 5, 5, 4, 5};
 
 // C tile [R, kTileCols] (+)= A [R, depth], rows kDepth apart, x panel [depth][kTileCols]
 template <int R>
-void tile(const float* a, const float* panel, int64_t depth, float* c, int64_t ldc, bool add, Prefetch& prefetch) {
+__attribute__((noinline)) void tile(const float* a, const float* panel, int64_t depth, float* c, int64_t ldc, bool add,
+                                    Prefetch& prefetch) {
   V sum[R][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -32,7 +28,7 @@ void tile(const float* a, const float* panel, int64_t depth, float* c, int64_t l
     for (int i = 0; i < R; ++i) {
       const V x = set1(a[i * kDepth]);
 #pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = fma(x, w[j], sum[i][j]);
+      for (int j = 0; j < kVectors; ++j) add_product(sum[i][j], x, w[j]);
     }
     ++a;
     panel += kTileCols;
@@ -76,176 +72,134 @@ inline int64_t tile_rows(int64_t rows) {
 }
 
 struct Scratch {
-  float *panel, *rows, *line;
+  float *panel, *lines, *rows;
   explicit Scratch(std::byte* bytes)
-      : panel(reinterpret_cast<float*>(bytes)), rows(panel + kDepth * kWidth), line(rows + kDepth * kChunk) {}
+      : panel(reinterpret_cast<float*>(bytes)), lines(panel + kDepth * kPanelCols), rows(lines + kDepth * kLanes) {}
 };
-static_assert((kDepth * (kWidth + kChunk + kLanes)) * sizeof(float) <= kPanelBytes);
+static_assert((kDepth * (kPanelCols + kLanes + kChunk)) * sizeof(float) <= kPanelBytes);
 
-// All rows of A against the panels [cols / kTileCols][depth][kTileCols] of one block of the reduction.
-void multiply_panels(const Product& p, Format format, const Scratch& s, int64_t k, int64_t depth, Prefetch& prefetch) {
-  for (int64_t row = 0; row < p.rows; row += kChunk) {
-    const int64_t rows = p.rows - row < kChunk ? p.rows - row : kChunk;
-    for (int64_t r = 0; r < rows; ++r) widen(p.a, format, (row + r) * p.lda + k, depth, s.rows + r * kDepth);
-    for (int64_t c = 0; c < p.strip.count; c += kTileCols)
-      for (int64_t r = 0, n; r < rows; r += n) {
-        n = tile_rows(rows - r);
-        any_tile(n, s.rows + r * kDepth, s.panel + c * depth, depth, p.c + (row + r) * p.ldc + c, p.ldc, p.add || k > 0,
-                 prefetch);
+// C (+)= A x the weights of a strip, a reduction of `length`. decode(k, depth, first column, panel) leaves kPanelCols
+// columns as [kPanelCols / kTileCols][depth][kTileCols]; bytes(strip, k) is where those of a block of the reduction
+// lie.
+template <class Decode, class Bytes>
+void by_panels(const Product& p, Format format, int64_t length, int64_t next_length, Decode decode, Bytes ahead) {
+  const Scratch s(p.scratch);
+  for (int64_t k = 0; k < length; k += kDepth) {
+    const int64_t depth = length - k < kDepth ? length - k : kDepth;
+    const bool more = k + kDepth < length;
+    const int64_t from = more ? k + kDepth : 0, left = (more ? length : next_length) - from;
+    Prefetch prefetch =
+        ahead(more ? p.strip : p.next, from, left < kDepth ? left : kDepth,
+              (p.rows + kRows - 1) / kRows * ((p.strip.count + kTileCols - 1) / kTileCols) * (depth / kTick));
+    for (int64_t row = 0; row == 0 || row < p.rows; row += kChunk) {
+      const int64_t rows = p.rows - row < kChunk ? p.rows - row : kChunk;
+      for (int64_t r = 0; r < rows; ++r) widen(p.a, format, (row + r) * p.lda + k, depth, s.rows + r * kDepth);
+      for (int64_t c = 0; c < p.strip.count; c += kPanelCols) {
+        decode(k, depth, c, s);
+        for (int64_t t = 0; t < kPanelCols && c + t < p.strip.count; t += kTileCols)
+          for (int64_t r = 0, n; r < rows; r += n) {
+            n = tile_rows(rows - r);
+            any_tile(n, s.rows + r * kDepth, s.panel + t * depth, depth, p.c + (row + r) * p.ldc + c + t, p.ldc,
+                     p.add || k > 0, prefetch);
+          }
       }
+    }
   }
 }
 
-int64_t panel_steps(const Product& p, int64_t depth) {
-  return (p.rows + kRows - 1) / kRows * ((p.strip.count + kTileCols - 1) / kTileCols) * (depth / kTick);
+// Column i of the columns whose codes lie in words of kLanes stored rows, times the scales of these.
+template <Format F>
+inline __attribute__((always_inline)) V column_of(V words, int i, V scales) {
+  switch (F) {
+    case Format::kBf16:
+      return i ? high_half(words) : low_half(words);
+    case Format::kFp32:
+      return words;
+    case Format::kInt4Group32:
+      return fma(int4_codes(words, i), mul(scales, set1(int4_unit(i))), mul(scales, set1(-8.0f)));
+    case Format::kInt8Group128:
+      return mul(int8_codes(words, i), mul(scales, set1(0x1p-24f)));
+    default:
+      return mul(mul(e4m3_codes(words, i), set1(0x1p120f)), scales);
+  }
 }
 
 // kLanes stored rows from `row` (those past `last` as zeros), `depth` weights from k -> columns `at..` of the panel.
-// bf16 rows are transposed as they lie, two neighbours at once in each lane; others as floats.
 template <Format F>
-void transpose_block(const Matrix& w, int64_t row, int64_t last, int64_t k, int64_t depth, float* line, float* panel) {
-  constexpr bool kPairs = F == Format::kBf16;
-  constexpr int64_t kStep = kPairs ? 2 * kLanes : kLanes;
-  for (int64_t r = 0; r < kLanes && !kPairs; ++r) {
-    if (row + r < last) decode<F>(w, row + r, k, depth, line + r * kDepth);
-    else __builtin_memset(line + r * kDepth, 0, static_cast<size_t>(depth) * 4);
-  }
-  for (int64_t i = 0; i < depth; i += kStep) {
-    const int64_t n = depth - i < kStep ? depth - i : kStep;
-    V block[kLanes];
+void transpose_block(const Matrix& w, int64_t row, int64_t last, int64_t k, int64_t depth, float* lines, float* panel) {
+  constexpr int kOfWord = 32 / kBits[static_cast<int>(F)];
+  constexpr int64_t kStep = 4 * kOfWord;  // columns transposed at once
+  constexpr ScaleBlock block = kScaleBlock[static_cast<int>(F)];
+  const uint8_t* from = byte_at(F, w, row, k);
+  int64_t step = row_bytes(F, w.cols);
+  if (row + kLanes > last || depth % kStep) {  // a copy
+    const int64_t bytes = bytes_of(F, depth + (F == Format::kInt4Group32));
     for (int64_t r = 0; r < kLanes; ++r) {
-      if constexpr (kPairs) {
-        const uint8_t* stored = byte_at(F, w, row + r, k + i);
-        block[r] = set1(0.0f);
-        if (row + r >= last) continue;
-        if (n < kStep) {
-          __builtin_memset(line, 0, kStep * 2);
-          stored = static_cast<const uint8_t*>(__builtin_memcpy(line, stored, static_cast<size_t>(n) * 2));
-        }
-        block[r] = load(reinterpret_cast<const float*>(stored));
-      } else {
-        block[r] = load(line + r * kDepth + i);
-      }
+      float* const line = lines + r * kDepth;
+      __builtin_memset(line, 0, kDepth * 4);
+      if (row + r < last) __builtin_memcpy(line, from + r * step, static_cast<size_t>(bytes));
     }
-    transpose(block);
-    float* out = panel + i * kTileCols;
-    if constexpr (kPairs) {
-      for (int64_t r = 0; r < n; r += 2, out += 2 * kTileCols) {
-        store(out, low_half(block[r / 2]));
-        if (r + 1 < n) store(out + kTileCols, high_half(block[r / 2]));
-      }
-    } else {
-      for (int64_t r = 0; r < n; ++r, out += kTileCols) store(out, block[r]);
-    }
+    from = reinterpret_cast<const uint8_t*>(lines);
+    step = kDepth * 4;
   }
-}
-
-// R operand rows x 4 stored rows, both along k.
-template <int R>
-void dot(const float* a, int64_t lda, const float* w, int64_t ldw, int64_t n, float* c, int64_t ldc, bool add,
-         Prefetch& prefetch) {
-  V sums[R][4];
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i)
+  V scales;
+  for (int64_t i = 0; i < depth; i += kStep) {
+    if (block.bytes && (i == 0 || (k + i) % block.cols == 0)) {
+      float s[kLanes] = {};
+      for (int64_t r = 0; r < kLanes && row + r < last; ++r) s[r] = scale_at(F, w, row + r, k + i);
+      scales = load(s);
+    }
+    V words[4];
+    load_columns(from + bytes_of(F, i), step, words);
+    float* const out = panel + i * kTileCols;
+    const int64_t n = depth - i < kStep ? depth - i : kStep;
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sums[i][j] = set1(0.0f);
-  for (int64_t k = 0; k < n; k += kLanes) {
-    V x[R];
-    prefetch.tick();
+    for (int c = 0; c < 4; ++c)
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) x[i] = load(a + i * lda + k);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const V y = load(w + j * ldw + k);
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) sums[i][j] = fma(x[i], y, sums[i][j]);
-    }
-  }
-  for (int i = 0; i < R; ++i)
-    for (int j = 0; j < 4; ++j) c[i * ldc + j] = (add ? c[i * ldc + j] : 0.0f) + sum(sums[i][j]);
-}
-
-// Few operand rows: blocks of kFewDepth weights of 4 stored rows are widened in L1 and used at once. Rows of the blocks
-// lie a line more than 4 KB apart, where they do not share L1 sets.
-constexpr int64_t kFewDepth = 1024, kFewStride = kFewDepth + 16, kDotRows = 3;
-template <Format F>
-void along_few(const Product& p) {
-  float* const a = reinterpret_cast<float*>(p.scratch);  // [kFewRows][kFewStride]
-  float* const w = a + kFewRows * kFewStride;            // [4][kFewStride]
-  const int64_t k_end = p.strip.matrix.cols;
-  for (int64_t k = 0; k < k_end; k += kFewDepth) {
-    const int64_t depth = k_end - k < kFewDepth ? k_end - k : kFewDepth, whole = (depth + kLanes - 1) / kLanes * kLanes;
-    for (int64_t r = 0; r < p.rows; ++r) {
-      widen(p.a, F, r * p.lda + k, depth, a + r * kFewStride);
-      for (int64_t i = depth; i < whole; ++i) a[r * kFewStride + i] = 0.0f;
-    }
-    for (int64_t c = 0; c < p.strip.count; c += 4) {
-      const int64_t ahead = p.strip.count - c - 4 < 4 ? p.strip.count - c - 4 : 4;
-      Prefetch prefetch(byte_at(F, p.strip.matrix, p.strip.first + c + 4, k), row_bytes(F, k_end), bytes_of(F, depth),
-                        ahead, (p.rows + kDotRows - 1) / kDotRows * (whole / kLanes));
-      for (int64_t j = 0; j < 4; ++j) {
-        const int64_t row = c + j < p.strip.count ? c + j : p.strip.count - 1;  // a repeated row fills up the last four
-        decode<F>(p.strip.matrix, p.strip.first + row, k, depth, w + j * kFewStride);
-        for (int64_t i = depth; i < whole; ++i) w[j * kFewStride + i] = 0.0f;
-      }
-      for (int64_t r = 0; r < p.rows; r += kDotRows) {
-        const float* const x = a + r * kFewStride;
-        float* const out = p.c + r * p.ldc + c;
-        const bool add = p.add || k > 0;
-        if (p.rows - r >= 3) dot<3>(x, kFewStride, w, kFewStride, whole, out, p.ldc, add, prefetch);
-        else if (p.rows - r == 2) dot<2>(x, kFewStride, w, kFewStride, whole, out, p.ldc, add, prefetch);
-        else dot<1>(x, kFewStride, w, kFewStride, whole, out, p.ldc, add, prefetch);
-      }
-    }
+      for (int j = 0; j < kOfWord; ++j)
+        if (c * kOfWord + j < n) store(out + (c * kOfWord + j) * kTileCols, column_of<F>(words[c], j, scales));
   }
 }
 
 template <Format F>
 void along(const Product& p) {
-  if (p.rows <= kFewRows) return along_few<F>(p);
-  const Scratch s(p.scratch);
+  if (p.rows <= kFewAlong[static_cast<int>(F)] && p.rows > 0) return along_few<F>(p);
   const Matrix& w = p.strip.matrix;
-  for (int64_t k = 0; k < w.cols; k += kDepth) {
-    const int64_t depth = w.cols - k < kDepth ? w.cols - k : kDepth, last = p.strip.first + p.strip.count;
-    for (int64_t c = 0; c < (p.strip.count + kTileCols - 1) / kTileCols * kTileCols; c += kLanes)
-      transpose_block<F>(w, p.strip.first + c, last, k, depth, s.line,
-                         s.panel + c / kTileCols * kTileCols * depth + c % kTileCols);
-    const bool more = k + kDepth < w.cols;
-    const Strip& next = more ? p.strip : p.next;
-    const int64_t from = more ? k + kDepth : 0, n = next.matrix.cols - from < kDepth ? next.matrix.cols - from : kDepth;
-    Prefetch prefetch(byte_at(F, next.matrix, next.first, from), row_bytes(F, next.matrix.cols), bytes_of(F, n),
-                      next.count, panel_steps(p, depth));
-    multiply_panels(p, F, s, k, depth, prefetch);
-  }
+  const int64_t last = p.strip.first + p.strip.count;
+  by_panels(
+      p, F, w.cols, p.next.matrix.cols,
+      [&](int64_t k, int64_t depth, int64_t c, const Scratch& s) {
+        for (int64_t i = 0; i < kPanelCols && c + i < p.strip.count; i += kLanes)
+          transpose_block<F>(w, p.strip.first + c + i, last, k, depth, s.lines,
+                             s.panel + i / kTileCols * kTileCols * depth + i % kTileCols);
+      },
+      [](const Strip& next, int64_t k, int64_t n, int64_t steps) {
+        return Prefetch(byte_at(F, next.matrix, next.first, k), row_bytes(F, next.matrix.cols), bytes_of(F, n),
+                        next.count, steps);
+      });
 }
 
 template <Format F>
 void across(const Product& p) {
-  const Scratch s(p.scratch);
+  if (p.rows <= kFewAcross[static_cast<int>(F)] && p.rows > 0) return across_few<F>(p);
   const Matrix& w = p.strip.matrix;
-  const int64_t whole = (p.strip.count + kTileCols - 1) / kTileCols * kTileCols;
-  for (int64_t i = p.strip.count; i < whole; ++i) s.line[i] = 0.0f;
-  for (int64_t k = 0; k < w.rows; k += kDepth) {
-    const int64_t depth = w.rows - k < kDepth ? w.rows - k : kDepth;
-    for (int64_t r = 0; r < depth; ++r) {
-      const auto at = [&](int64_t c) {
-        return s.panel + c / kTileCols * kTileCols * depth + r * kTileCols + c % kTileCols;
-      };
-      if (F == Format::kBf16 && p.strip.count == whole) {
-        const uint16_t* const stored = reinterpret_cast<const uint16_t*>(byte_at(F, w, k + r, p.strip.first));
-        for (int64_t c = 0; c < whole; c += kLanes) store(at(c), load_bf16(stored + c));
-      } else {
-        decode<F>(w, k + r, p.strip.first, p.strip.count, s.line);
-        for (int64_t c = 0; c < whole; c += kLanes) store(at(c), load(s.line + c));
-      }
-    }
-    const bool more = k + kDepth < w.rows;
-    const Strip& next = more ? p.strip : p.next;
-    const int64_t from = more ? k + kDepth : 0, n = next.matrix.rows - from < kDepth ? next.matrix.rows - from : kDepth;
-    Prefetch prefetch(byte_at(F, next.matrix, from, next.first), row_bytes(F, next.matrix.cols),
-                      bytes_of(F, next.count), n, panel_steps(p, depth));
-    multiply_panels(p, F, s, k, depth, prefetch);
-  }
+  by_panels(
+      p, F, w.rows, p.next.matrix.rows,
+      [&](int64_t k, int64_t depth, int64_t c, const Scratch& s) {
+        const int64_t col = p.strip.first + c;
+        for (int64_t r = 0; r < depth; ++r)
+          for (int64_t i = 0; i < kPanelCols; i += 32) {
+            V v[32 / kLanes];
+            decode_32<F>(w, k + r, col + i, v);
+#pragma GCC unroll 8
+            for (int64_t j = 0, c = i; j < 32 / kLanes; ++j, c += kLanes)
+              store(s.panel + c / kTileCols * kTileCols * depth + r * kTileCols + c % kTileCols, v[j]);
+          }
+      },
+      [](const Strip& next, int64_t k, int64_t n, int64_t steps) {
+        return Prefetch(byte_at(F, next.matrix, k, next.first), row_bytes(F, next.matrix.cols), bytes_of(F, next.count),
+                        n, steps);
+      });
 }
 
 #define KJAX_FORMATS(f)                                                   \

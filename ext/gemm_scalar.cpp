@@ -1,4 +1,6 @@
 // Portable kernels: groups of four floats in plain C++, for CPUs without AVX2 and for other architectures.
+#include <utility>
+
 #include "kernels.h"
 
 namespace kjax {
@@ -46,6 +48,7 @@ inline V div(V a, V b) {
 inline V fma(V a, V b, V c) {
   return map([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
 }
+inline void add_product(V& sum, V a, V b) { sum = fma(a, b, sum); }
 inline V min_v(V a, V b) {
   return map([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
@@ -72,6 +75,12 @@ inline void transpose(V (&b)[kLanes]) {
       b[i].lane[j] = b[j].lane[i];
       b[j].lane[i] = x;
     }
+}
+
+// Four columns of 32 bits of four rows that lie `step` bytes apart.
+inline void load_columns(const uint8_t* p, int64_t step, V (&out)[4]) {
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(out[i].lane, p + i * step, sizeof out[i].lane);
+  transpose(out);
 }
 
 #include "decode_scalar.h"
@@ -108,7 +117,27 @@ inline V load_int4(const uint8_t* p) {
   return map([&](int i) { return code_at(Format::kInt4Group32, p, i); });
 }
 inline V load_e4m3(const uint8_t* p) {
-  return map([&](int i) { return e4m3_to_float(p[i]); });
+  return map([&](int i) { return e4m3_to_float(p[i]) * 0x1p-8f; });
+}
+
+inline V int8_codes(V words, int i) {
+  return map([&](int l) {
+    return static_cast<float>(static_cast<int32_t>(lane_bits(words.lane[l]) << (24 - 8 * i) & 0xff000000u));
+  });
+}
+inline V e4m3_codes(V words, int i) {
+  return map([&](int l) {
+    const uint32_t code = lane_bits(words.lane[l]) >> 8 * i;
+    return lane_of((code & 127) << 20 | (code & 128) << 24);
+  });
+}
+inline V int4_codes(V words, int i) {
+  const uint32_t mask = 15u << i % 4 * 4;
+  return map([&](int l) { return static_cast<float>(lane_bits(words.lane[l]) >> i / 4 * 16 & mask); });
+}
+inline V int4_scales(const uint8_t* p) { return set1(load_scale(Format::kInt4Group32, p)); }
+inline void by_eights(const float* p, V (&out)[8]) {
+  for (int i = 0; i < 8; ++i) out[i] = map([&](int l) { return p[8 * l + i]; });
 }
 
 inline V load_bf16_n(const uint16_t* p, int64_t n) {
@@ -124,6 +153,9 @@ inline void store_bf16(uint16_t* p, V v) { store_bf16_n(p, v, kLanes); }
 #include "prefetch.h"
 #include "elementwise.h"
 #include "lowrank.h"
+#include "with_rows.h"
+#include "pieces_f32.h"
+#include "few_f32.h"
 #include "gemm_f32.h"
 
 }  // namespace

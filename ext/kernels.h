@@ -11,8 +11,8 @@ namespace kjax {
 //   fp8_channel  e4m3, one fp32 scale per stored row
 //   int4_group32   compressed-tensors: weights + 8, eight per int32, the first lowest, one bf16 scale per 32 of a row
 //   int8_group128  int8, one bf16 scale per 128 of a row
-// A quantised weight is bf16(scale * code), as in a checkpoint dequantised to bf16; it is scale * code where the scales
-// multiply sums of codes (lanes_along.h, float_rows.h).
+// A quantised weight is bf16(scale * code), as in a checkpoint dequantised to bf16; it is scale * code in fp32 kernels
+// (gemm_f32.h) and where the scales multiply sums of codes (lanes_along.h, float_rows.h).
 enum class Format : int { kBf16, kFp32, kFp8Block, kFp8Channel, kInt4Group32, kInt8Group128 };
 constexpr int kFormats = 6;
 

@@ -16,15 +16,15 @@
 namespace kjax {
 namespace {
 
-// A weight as kernels have it: rounded to bf16, or scale * code where sums of codes are multiplied by the scale; in one
-// product all are the one or the other.
+// A weight as kernels have it: rounded to bf16, or scale * code (kernels.h); in one product all are the one or the
+// other.
 struct Meant {
   float rounded, exact;
 };
 Meant meant(Format format, const Matrix& w, int64_t row, int64_t col) {
   Meant weight;
   decode_row(format, w, row, col, 1, &weight.rounded);
-  const bool scaled = kScaleBlock[static_cast<int>(format)].bytes == 2;
+  const bool scaled = kScaleBlock[static_cast<int>(format)].bytes > 0;
   weight.exact =
       scaled ? scale_at(format, w, row, col) * code_at(format, byte_at(format, w, row, 0), col) : weight.rounded;
   return weight;

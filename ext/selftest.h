@@ -14,9 +14,10 @@ struct Case {
   bool skewed;  // half of all routes go to one expert
 };
 
+using Weights = std::vector<double>[kProjections];
 struct Problem {
   std::shared_ptr<Store> store;
-  std::vector<double> weight[kProjections];  // [experts, rows, cols]
+  Weights weight, unrounded;  // [experts, rows, cols]; unrounded where kernels may leave scale * code as it is
   std::vector<float> x, dy, gate;
   std::vector<int32_t> idx;
   std::vector<float> a[kProjections], b[kProjections];  // factors of adapters
@@ -34,6 +35,6 @@ struct Result {
 
 // selftest_reference.cpp: in float64, with whatever adapters there are, rounding to `type` where a kernel must: fp32
 // for none.
-Result reference(const Case& c, const Problem& p, Dtype type, bool rounded);
+Result reference(const Case& c, const Problem& p, const Weights& weights, Dtype type, bool rounded);
 
 }  // namespace kjax

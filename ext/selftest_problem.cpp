@@ -82,6 +82,10 @@ Problem make_problem(const Case& c, Format format, uint64_t seed) {
       const Matrix w = p.store->matrix(0, e, projection);
       for (int64_t r = 0; r < w.rows; ++r) decode_row(format, w, r, 0, w.cols, decoded.data() + r * w.cols);
       p.weight[projection].insert(p.weight[projection].end(), decoded.begin(), decoded.end());
+      for (int64_t r = 0; block.bytes && r < w.rows; ++r)
+        for (int64_t i = 0; i < w.cols; ++i)
+          decoded[r * w.cols + i] = scale_at(format, w, r, i) * code_at(format, byte_at(format, w, r, 0), i);
+      p.unrounded[projection].insert(p.unrounded[projection].end(), decoded.begin(), decoded.end());
     }
   }
   const int64_t numbers = int64_t{c.tokens} * c.width, routes = int64_t{c.tokens} * c.per_token;

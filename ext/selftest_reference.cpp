@@ -30,7 +30,7 @@ void add_low_rank(const Problem& p, int projection, int expert, const double* in
 
 }  // namespace
 
-Result reference(const Case& c, const Problem& p, Dtype type, bool rounded) {
+Result reference(const Case& c, const Problem& p, const Weights& weights, Dtype type, bool rounded) {
   const auto round = [&](double x) { return rounded ? narrow(x, type) : x; };
   const int D = c.width, F = c.hidden;
   Result out;
@@ -51,7 +51,7 @@ Result reference(const Case& c, const Problem& p, Dtype type, bool rounded) {
       const int route = t * c.per_token + k, e = p.idx[route];
       if (e < 0) continue;
       const double* W[kProjections];
-      for (int j = 0; j < kProjections; ++j) W[j] = p.weight[j].data() + static_cast<size_t>(e) * D * F;
+      for (int j = 0; j < kProjections; ++j) W[j] = weights[j].data() + static_cast<size_t>(e) * D * F;
       for (int f = 0; f < F; ++f) {
         g[f] = u[f] = a[f] = 0;
         for (int d = 0; d < D; ++d) {

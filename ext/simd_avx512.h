@@ -17,6 +17,7 @@ inline V sub(V a, V b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline V mul(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline V div(V a, V b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline void add_product(V& sum, V a, V b) { sum = fma(a, b, sum); }
 inline V min_v(V a, V b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline V max_v(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline V round_v(V v) { return {_mm512_roundscale_ps(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }

@@ -244,9 +244,9 @@ def _driver_cuda(root: Path) -> int | None:
 
 def slow_cpu(flags: set[str], machine: str) -> str | None:
     """A CPU on which only the portable kernels run."""
-    if {"avx2", "fma"} <= flags or (not flags and machine in ("x86_64", "AMD64")):
+    if {"avx2", "fma", "f16c"} <= flags or (not flags and machine in ("x86_64", "AMD64")):
         return None
-    missing = ", ".join(sorted({"avx2", "fma"} - flags))
+    missing = ", ".join(sorted({"avx2", "fma", "f16c"} - flags))
     return (f"this CPU ({machine}) lacks {missing}: the experts run on the portable scalar kernels, about four times "
             "slower than with AVX2; use an x86 CPU from 2013 (Intel) or 2015 (AMD) on for real models")
 

@@ -31,7 +31,7 @@ class Layer:
     gate: np.ndarray
     up: np.ndarray
     down: np.ndarray
-    exact: tuple | None = None  # the same where scales are bf16: scale * code, which some kernels do not round
+    exact: tuple | None = None  # the same where there are scales: scale * code, which some kernels do not round
 
     def unrounded(self):
         return replace(self, **dict(zip(("gate", "up", "down"), self.exact, strict=True))) if self.exact else self
@@ -89,7 +89,7 @@ def make_layer(rng, experts, width, hidden, fmt="bf16", layers=1):
         for layer in range(layers):
             store.place(layer, projection, *where)
         weights.append(w)
-    return Layer(store, *weights, tuple(exact) if fmt in QUANTISED and QUANTISED[fmt][3] == BF16 else None)
+    return Layer(store, *weights, tuple(exact) if fmt in QUANTISED else None)
 
 
 def route(rng, tokens, experts, per_token, holes=0.2):

@@ -119,7 +119,7 @@ def test_gpus_by_driver_and_by_device_files(machine, tmp_path):
 
 def test_a_cpu_below_avx2(machine):
     message = env.slow_cpu(env.features(machine({"proc/cpuinfo": OLD})), "x86_64")
-    assert "lacks avx2, fma" in message and "scalar" in message and "slower" in message
+    assert "lacks avx2, f16c, fma" in message and "scalar" in message and "slower" in message
     assert env.slow_cpu(env.features(machine({"proc/cpuinfo": HASWELL})), "x86_64") is None
     assert "aarch64" in env.slow_cpu(set(), "aarch64")
     assert env.slow_cpu(set(), "x86_64") is None  # nothing is known where /proc is hidden

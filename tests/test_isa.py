@@ -10,16 +10,16 @@ import pytest
 
 from kjax import _ext
 
-WIDE = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi", "avx512_bf16"}
+WIDE = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi", "avx512_bf16"}
 FULL = WIDE | {"amx_tile", "amx_bf16", "amx_permission"}
 
 # Bits of CPUID as Intel's manual numbers them, by leaf and register.
-FMA, OSXSAVE = 1 << 12, 1 << 27
+FMA, F16C, OSXSAVE = 1 << 12, 1 << 29, 1 << 27
 AVX2, AVX512F, AVX512DQ, AVX512BW, AVX512VL = (1 << n for n in (5, 16, 17, 30, 31))
 VBMI, BF16, AMX_BF16, AMX_TILE = 1 << 1, 1 << 5, 1 << 22, 1 << 24
 AVX512 = AVX512F | AVX512DQ | AVX512BW | AVX512VL
 YMM, ZMM, TILES = 0x7, 0xE7, 0x600E7  # states that the operating system saves
-SERVER = dict(leaf1_ecx=FMA | OSXSAVE, leaf7_ebx=AVX2 | AVX512, leaf7_ecx=0, leaf7_edx=0, leaf7_1_eax=0, xcr0=ZMM)
+SERVER = dict(leaf1_ecx=FMA | F16C | OSXSAVE, leaf7_ebx=AVX2 | AVX512, leaf7_ecx=0, leaf7_edx=0, leaf7_1_eax=0, xcr0=ZMM)
 COOPER_LAKE = SERVER | dict(leaf7_1_eax=BF16)  # bf16 dot products without byte permutes
 ICE_LAKE = SERVER | dict(leaf7_ecx=VBMI)
 ZEN4 = SERVER | dict(leaf7_ecx=VBMI, leaf7_1_eax=BF16)
@@ -44,9 +44,10 @@ def in_child(code, **env):
     (ICE_LAKE, "avx512", "avx512bf16: this CPU lacks avx512_bf16$"),
     (ZEN4 | dict(xcr0=YMM), "avx2", "avx512: this CPU lacks avx512f, "),
     (HASWELL, "avx2", "avx512: this CPU lacks avx512f, avx512bw, avx512dq, avx512vl$"),
-    (HASWELL | dict(leaf1_ecx=OSXSAVE), "scalar", "avx2: this CPU lacks fma$"),
-    (SAPPHIRE_RAPIDS | dict(leaf1_ecx=FMA), "scalar", "lacks avx2, fma"),  # no state is saved at all
-    (dict.fromkeys(SERVER, 0), "scalar", "lacks avx2, fma"),
+    (HASWELL | dict(leaf1_ecx=F16C | OSXSAVE), "scalar", "avx2: this CPU lacks fma$"),
+    (HASWELL | dict(leaf1_ecx=FMA | OSXSAVE), "scalar", "avx2: this CPU lacks f16c$"),
+    (SAPPHIRE_RAPIDS | dict(leaf1_ecx=FMA | F16C), "scalar", "lacks avx2, fma, f16c"),  # no state is saved at all
+    (dict.fromkeys(SERVER, 0), "scalar", "lacks avx2, fma, f16c"),
 ])  # fmt: skip
 def test_made_up_cpus(cpu, name, reason):
     chosen, why = _ext.choose_isa(_ext.features_of(**cpu, ask_for_tiles=lambda: True), None)
@@ -100,7 +101,7 @@ def test_a_refusal_by_the_kernel_itself():
 @pytest.mark.parametrize(
     "features, name",
     [(FULL, "amx"), (WIDE, "avx512bf16"), (WIDE - {"avx512_bf16"}, "avx512"), (WIDE - {"avx512_vbmi"}, "avx512"),
-     (FULL - {"avx512bw"}, "avx2"), ({"avx2", "fma"}, "avx2"), ({"avx2"}, "scalar"), (set(), "scalar")],
+     (FULL - {"avx512bw"}, "avx2"), ({"avx2", "fma", "f16c"}, "avx2"), ({"avx2", "fma"}, "scalar"), (set(), "scalar")],
 )  # fmt: skip
 def test_best_isa_of_a_cpu(features, name):
     chosen, reason = _ext.choose_isa(features, None)
@@ -111,8 +112,8 @@ def test_best_isa_of_a_cpu(features, name):
 
 def test_reasons_name_what_is_missing():
     name, reason = _ext.choose_isa([], "")
-    assert name == "scalar" and reason.endswith("avx2: this CPU lacks avx2, fma")
-    assert "avx512: this CPU lacks avx2, fma, avx512f, avx512bw, avx512dq, avx512vl" in reason
+    assert name == "scalar" and reason.endswith("avx2: this CPU lacks avx2, fma, f16c")
+    assert "avx512: this CPU lacks avx2, fma, f16c, avx512f, avx512bw, avx512dq, avx512vl" in reason
     refused = _ext.choose_isa(FULL - {"amx_permission"}, "")
     assert refused == ("avx512bf16", "amx: Linux does not grant this process the tile registers")
 
@@ -120,7 +121,7 @@ def test_reasons_name_what_is_missing():
 def test_override_of_the_isa():
     assert _ext.choose_isa(FULL, "avx2") == ("avx2", "asked for by KJAX_ISA")
     with pytest.raises(ValueError, match="KJAX_ISA=avx512: this CPU lacks avx512f.*; available here: avx2, scalar"):
-        _ext.choose_isa({"avx2", "fma"}, "avx512")
+        _ext.choose_isa({"avx2", "fma", "f16c"}, "avx512")
     with pytest.raises(ValueError, match="KJAX_ISA=mmx is not an instruction set kjax knows; available here: scalar"):
         _ext.choose_isa(set(), "mmx")
 
