@@ -85,7 +85,7 @@ struct Piece {
 // A copy of n columns of a stored row, where a whole run does not lie, and zeros; and of their scales, if these matter.
 template <Format F>
 struct PartRun {
-  alignas(64) uint8_t codes[Piece<F>::kRun * kBits[static_cast<int>(F)] / 8];
+  alignas(16) uint8_t codes[Piece<F>::kRun * kBits[static_cast<int>(F)] / 8];
   uint8_t scales[8];
   void copy(const uint8_t* from, const uint8_t* of_groups, int64_t n) {
     constexpr ScaleBlock block = kScaleBlock[static_cast<int>(F)];
