@@ -19,7 +19,8 @@ AVX2, AVX512F, AVX512DQ, AVX512BW, AVX512VL = (1 << n for n in (5, 16, 17, 30, 3
 VBMI, BF16, AMX_BF16, AMX_TILE = 1 << 1, 1 << 5, 1 << 22, 1 << 24
 AVX512 = AVX512F | AVX512DQ | AVX512BW | AVX512VL
 YMM, ZMM, TILES = 0x7, 0xE7, 0x600E7  # states that the operating system saves
-SERVER = dict(leaf1_ecx=FMA | F16C | OSXSAVE, leaf7_ebx=AVX2 | AVX512, leaf7_ecx=0, leaf7_edx=0, leaf7_1_eax=0, xcr0=ZMM)
+SERVER = dict(leaf1_ecx=FMA | F16C | OSXSAVE, leaf7_ebx=AVX2 | AVX512, leaf7_ecx=0, leaf7_edx=0, leaf7_1_eax=0,
+              xcr0=ZMM)  # fmt: skip
 COOPER_LAKE = SERVER | dict(leaf7_1_eax=BF16)  # bf16 dot products without byte permutes
 ICE_LAKE = SERVER | dict(leaf7_ecx=VBMI)
 ZEN4 = SERVER | dict(leaf7_ecx=VBMI, leaf7_1_eax=BF16)
