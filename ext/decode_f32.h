@@ -1,7 +1,24 @@
-// Stored rows -> floats, by whole vectors of the including file's type V. Format knowledge only; nothing here knows
+// Stored codes -> floats, by whole vectors of the including file's type V. Format knowledge only; nothing here knows
 // about products. Included inside an unnamed namespace by each float kernel file, after decode_scalar.h.
 //   load_bf16, load_int8, load_int4, load_e4m3: kLanes stored numbers as floats, unscaled; of e4m3 their 256th part.
-//   low_half, high_half: the two bf16 of each 32-bit lane as floats.
+//   shift_left, shift_right (the sign's bit comes in), and_bits: of each 32-bit lane; ints_as_floats: their values.
+
+// Of the numbers in each 32-bit lane number i, the lowest first; those of
+//   bf16   as they are
+//   int8   times 2^24
+//   e4m3   times 2^-120, subnormals with them
+//   int4   (code + 8) * 16^(i % 4)
+inline V low_half(V words) { return shift_left(words, 16); }
+inline V high_half(V words) { return and_bits(words, static_cast<int>(0xffff0000)); }
+inline V int8_codes(V words, int i) {
+  return ints_as_floats(and_bits(shift_left(words, 24 - 8 * i), static_cast<int>(0xff000000)));
+}
+inline V e4m3_codes(V words, int i) {
+  return and_bits(shift_right(shift_left(words, 24 - 8 * i), 4), static_cast<int>(0x87f00000));
+}
+inline V int4_codes(V words, int i) {
+  return ints_as_floats(and_bits(i < 4 ? words : shift_right(words, 16), 15 << i % 4 * 4));
+}
 
 // What a loaded code is multiplied by, beside its scale.
 template <Format F>
@@ -17,60 +34,31 @@ inline V load_code(const uint8_t* stored, int64_t col) {
     return load_e4m3(stored + col);
 }
 
-// 32 weights of a scaled format as floats, scale * code.
-template <Format F>
-inline void decode_codes(const uint8_t* codes, const uint8_t* scale, V (&out)[32 / kLanes]) {
-  const V s = set1(kCodeUnit<F> * load_scale(F, scale));
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < 32 / kLanes; ++i) out[i] = mul(load_code<F>(codes, i * kLanes), s);
-}
-
-// Weights [row, col .. col + n) as floats, scale * code; col is a multiple of 32. Fills `out` to whole 32, with zeros
-// or with what stands behind the row's codes in its last byte.
-template <Format F>
-void decode(const Matrix& w, int64_t row, int64_t col, int64_t n, float* out) {
-  const uint8_t* const stored = byte_at(F, w, row, col);
-  if constexpr (F == Format::kFp32) {
-    __builtin_memcpy(out, stored, static_cast<size_t>(n) * 4);
-  } else if constexpr (F == Format::kBf16) {
-    const uint16_t* const from = reinterpret_cast<const uint16_t*>(stored);
-    for (int64_t i = 0; i < n; i += kLanes)
-      store(out + i, n - i < kLanes ? load_bf16_n(from + i, n - i) : load_bf16(from + i));
-  } else {
-    constexpr ScaleBlock block = kScaleBlock[static_cast<int>(F)];
-    const uint8_t* const scales = scale_ptr(F, w, row, col);
-    uint8_t last[32] = {};
-    V v[32 / kLanes];
-    for (int64_t i = 0; i < n; i += 32) {
-      const uint8_t* codes = stored + bytes_of(F, i);
-      if (n - i < 32) {
-        __builtin_memcpy(last, codes, static_cast<size_t>(bytes_of(F, n - i + (F == Format::kInt4Group32))));
-        codes = last;
-      }
-      decode_codes<F>(codes, scales + (col % block.cols + i) / block.cols * block.bytes, v);
-#pragma GCC unroll 8
-      for (int64_t j = 0; j < 32 / kLanes; ++j) store(out + i + j * kLanes, v[j]);
-    }
-  }
-}
-
-// Weights [row, col .. col + 32) as floats, zeros behind the row; col is a multiple of 32.
+// Weights [row, col .. col + 32) as floats, scale * code; zeros behind the row, or what stands behind its last code in
+// a byte. col is a multiple of 32.
 template <Format F>
 inline __attribute__((always_inline)) void decode_32(const Matrix& w, int64_t row, int64_t col, V (&out)[32 / kLanes]) {
-  if (col + 32 > w.cols) {
-    float some[32] = {};
-    if (col < w.cols) decode<F>(w, row, col, w.cols - col, some);
-    for (int64_t i = 0; i < 32 / kLanes; ++i) out[i] = load(some + i * kLanes);
+  const int64_t n = w.cols - col;
+  if (n <= 0) {
+    for (V& v : out) v = set1(0.0f);
     return;
   }
-  const uint8_t* const stored = byte_at(F, w, row, col);
-  if constexpr (kScaleBlock[static_cast<int>(F)].bytes > 0)
-    return decode_codes<F>(stored, scale_ptr(F, w, row, col), out);
+  const uint8_t* codes = byte_at(F, w, row, col);
+  alignas(16) uint8_t last[32 * kBits[static_cast<int>(F)] / 8];
+  if (n < 32) {
+    __builtin_memset(last, 0, sizeof last);
+    __builtin_memcpy(last, codes, static_cast<size_t>(bytes_of(F, n + (F == Format::kInt4Group32))));
+    codes = last;
+  }
+  V scale;
+  if constexpr (kScaleBlock[static_cast<int>(F)].bytes > 0) scale = set1(kCodeUnit<F> * scale_at(F, w, row, col));
 #pragma GCC unroll 8
   for (int64_t i = 0; i < 32 / kLanes; ++i) {
     if constexpr (F == Format::kFp32)
-      out[i] = load(reinterpret_cast<const float*>(stored) + i * kLanes);
+      out[i] = load(reinterpret_cast<const float*>(codes) + i * kLanes);
+    else if constexpr (F == Format::kBf16)
+      out[i] = load_bf16(reinterpret_cast<const uint16_t*>(codes) + i * kLanes);
     else
-      out[i] = load_bf16(reinterpret_cast<const uint16_t*>(stored) + i * kLanes);
+      out[i] = mul(load_code<F>(codes, i * kLanes), scale);
   }
 }

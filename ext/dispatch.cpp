@@ -117,11 +117,16 @@ std::set<std::string> features_of(const CpuWords& words, const std::function<boo
   const struct {
     bool set;
     const char* name;
-  } all[] = {{ymm && bit(words.leaf1_ecx, 12), "fma"},          {ymm && bit(words.leaf1_ecx, 29), "f16c"},
-             {ymm && bit(words.leaf7_ebx, 5), "avx2"},          {zmm && bit(words.leaf7_ebx, 16), "avx512f"},
-             {zmm && bit(words.leaf7_ebx, 17), "avx512dq"},     {zmm && bit(words.leaf7_ebx, 30), "avx512bw"},
-             {zmm && bit(words.leaf7_ebx, 31), "avx512vl"},     {zmm && bit(words.leaf7_ecx, 1), "avx512_vbmi"},
-             {zmm && bit(words.leaf7_1_eax, 5), "avx512_bf16"}, {tiles && bit(words.leaf7_edx, 24), "amx_tile"},
+  } all[] = {{ymm && bit(words.leaf1_ecx, 12), "fma"},
+             {ymm && bit(words.leaf1_ecx, 29), "f16c"},
+             {ymm && bit(words.leaf7_ebx, 5), "avx2"},
+             {zmm && bit(words.leaf7_ebx, 16), "avx512f"},
+             {zmm && bit(words.leaf7_ebx, 17), "avx512dq"},
+             {zmm && bit(words.leaf7_ebx, 30), "avx512bw"},
+             {zmm && bit(words.leaf7_ebx, 31), "avx512vl"},
+             {zmm && bit(words.leaf7_ecx, 1), "avx512_vbmi"},
+             {zmm && bit(words.leaf7_1_eax, 5), "avx512_bf16"},
+             {tiles && bit(words.leaf7_edx, 24), "amx_tile"},
              {tiles && bit(words.leaf7_edx, 22), "amx_bf16"}};
   for (const auto& feature : all)
     if (feature.set) found.insert(feature.name);

@@ -1,17 +1,6 @@
 // Products of few operand rows in fp32: weights are decoded in registers, for up to five rows at a time, and never
 // stored. Included inside an unnamed namespace by each float kernel file, after pieces_f32.h and prefetch.h.
 
-inline Dtype operand_type(Format format) { return kOperandType[static_cast<int>(format)]; }
-
-// n operands from the element `at` on as floats, by whole vectors: of a row, which is zero to a multiple of kPad.
-inline void widen(const void* a, Format format, int64_t at, int64_t n, float* out) {
-  if (operand_type(format) == Dtype::kFp32) {
-    __builtin_memcpy(out, static_cast<const float*>(a) + at, static_cast<size_t>(n) * 4);
-  } else {
-    const uint16_t* const from = static_cast<const uint16_t*>(a) + at;
-    for (int64_t i = 0; i < n; i += kLanes) store(out + i, load_bf16(from + i));
-  }
-}
 constexpr int kFewRows = 5;  // operand rows that meet a decoded vector
 
 // C [R, W] (+)= A [pieces][R][kStride] x `depth` columns from k on of W stored rows from `row` on; `rows` of those

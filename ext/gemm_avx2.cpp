@@ -80,15 +80,10 @@ inline void transpose(V (&b)[kLanes]) {
 
 inline V from_bits(__m256i bits) { return {_mm256_castsi256_ps(bits)}; }
 inline __m256i to_bits(V v) { return _mm256_castps_si256(v.v); }
-inline V bits_of(int bits) { return from_bits(_mm256_set1_epi32(bits)); }
-inline V add_bits(V a, V b) { return from_bits(_mm256_add_epi32(to_bits(a), to_bits(b))); }
-inline V lowest_kept_bit(V v) {
-  return from_bits(_mm256_and_si256(_mm256_srli_epi32(to_bits(v), 16), _mm256_set1_epi32(1)));
-}
-inline V low_half(V v) { return from_bits(_mm256_slli_epi32(to_bits(v), 16)); }
-inline V high_half(V v) {
-  return from_bits(_mm256_and_si256(to_bits(v), _mm256_set1_epi32(static_cast<int>(0xffff0000))));
-}
+inline V shift_left(V v, int n) { return from_bits(_mm256_slli_epi32(to_bits(v), n)); }
+inline V shift_right(V v, int n) { return from_bits(_mm256_srai_epi32(to_bits(v), n)); }
+inline V and_bits(V v, int mask) { return from_bits(_mm256_and_si256(to_bits(v), _mm256_set1_epi32(mask))); }
+inline V ints_as_floats(V v) { return {_mm256_cvtepi32_ps(to_bits(v))}; }
 inline V load_int8(const uint8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
@@ -103,18 +98,6 @@ inline V load_int4(const uint8_t* p) {
 inline V load_e4m3(const uint8_t* p) {
   const __m128i code = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(code, 7), _mm_set1_epi16(static_cast<int16_t>(0xbfff))))};
-}
-inline V int8_codes(V words, int i) {
-  const __m256i bits = _mm256_slli_epi32(to_bits(words), 24 - 8 * i);
-  return {_mm256_cvtepi32_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xff000000))))};
-}
-inline V e4m3_codes(V words, int i) {
-  const __m256i bits = _mm256_srai_epi32(_mm256_slli_epi32(to_bits(words), 24 - 8 * i), 4);
-  return from_bits(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0x87f00000))));
-}
-inline V int4_codes(V words, int i) {
-  const __m256i bits = i < 4 ? to_bits(words) : _mm256_srli_epi32(to_bits(words), 16);
-  return {_mm256_cvtepi32_ps(_mm256_and_si256(bits, _mm256_set1_epi32(15 << i % 4 * 4)))};
 }
 inline V int4_scales(const uint8_t* p) {
   int two;

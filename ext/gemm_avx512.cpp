@@ -8,8 +8,8 @@ namespace kjax {
 namespace {
 
 constexpr int kRows = 6, kVectors = 4;
-constexpr int64_t kDepth = 128;        // a tile's 64 columns of the panel are 32 KB of L1
-constexpr int64_t kWidth = 4 * kLine;  // and a panel of 256 columns is 128 KB of L2
+constexpr int64_t kDepth = 128;  // with 64 columns a panel is 32 KB of L1
+constexpr int64_t kWidth = 4 * kLine;
 #include "simd_avx512.h"
 inline void transpose(V (&b)[kLanes]) {
   __m512i r[kLanes];
@@ -38,15 +38,10 @@ inline void load_columns(const uint8_t* p, int64_t step, V (&out)[4]) {
 
 inline V from_bits(__m512i bits) { return {_mm512_castsi512_ps(bits)}; }
 inline __m512i to_bits(V v) { return _mm512_castps_si512(v.v); }
-inline V bits_of(int bits) { return from_bits(_mm512_set1_epi32(bits)); }
-inline V add_bits(V a, V b) { return from_bits(_mm512_add_epi32(to_bits(a), to_bits(b))); }
-inline V lowest_kept_bit(V v) {
-  return from_bits(_mm512_and_si512(_mm512_srli_epi32(to_bits(v), 16), _mm512_set1_epi32(1)));
-}
-inline V low_half(V v) { return from_bits(_mm512_slli_epi32(to_bits(v), 16)); }
-inline V high_half(V v) {
-  return from_bits(_mm512_and_si512(to_bits(v), _mm512_set1_epi32(static_cast<int>(0xffff0000))));
-}
+inline V shift_left(V v, int n) { return from_bits(_mm512_slli_epi32(to_bits(v), static_cast<unsigned>(n))); }
+inline V shift_right(V v, int n) { return from_bits(_mm512_srai_epi32(to_bits(v), static_cast<unsigned>(n))); }
+inline V and_bits(V v, int mask) { return from_bits(_mm512_and_si512(to_bits(v), _mm512_set1_epi32(mask))); }
+inline V ints_as_floats(V v) { return {_mm512_cvtepi32_ps(to_bits(v))}; }
 inline V load_int8(const uint8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
@@ -68,18 +63,6 @@ inline V load_e4m3(const uint8_t* p) {
   return {_mm512_cvtph_ps(_mm256_or_si256(magnitude, sign))};
 }
 
-inline V int8_codes(V words, int i) {
-  const __m512i bits = _mm512_slli_epi32(to_bits(words), static_cast<unsigned>(24 - 8 * i));
-  return {_mm512_cvtepi32_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xff000000))))};
-}
-inline V e4m3_codes(V words, int i) {
-  const __m512i bits = _mm512_srai_epi32(_mm512_slli_epi32(to_bits(words), static_cast<unsigned>(24 - 8 * i)), 4);
-  return from_bits(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0x87f00000))));
-}
-inline V int4_codes(V words, int i) {
-  const __m512i bits = i < 4 ? to_bits(words) : _mm512_srli_epi32(to_bits(words), 16);
-  return {_mm512_cvtepi32_ps(_mm512_and_si512(bits, _mm512_set1_epi32(15 << i % 4 * 4)))};
-}
 inline V int4_scales(const uint8_t* p) {
   int64_t four;
   __builtin_memcpy(&four, p, 8);

@@ -79,10 +79,10 @@ struct Scratch {
 static_assert((kDepth * (kPanelCols + kLanes + kChunk)) * sizeof(float) <= kPanelBytes);
 
 // C (+)= A x the weights of a strip, a reduction of `length`. decode(k, depth, first column, panel) leaves kPanelCols
-// columns as [kPanelCols / kTileCols][depth][kTileCols]; bytes(strip, k) is where those of a block of the reduction
-// lie.
-template <class Decode, class Bytes>
-void by_panels(const Product& p, Format format, int64_t length, int64_t next_length, Decode decode, Bytes ahead) {
+// columns as [kPanelCols / kTileCols][depth][kTileCols]; ahead(strip, k, n, steps) asks for n of the reduction from k
+// on.
+template <class Decode, class Ahead>
+void by_panels(const Product& p, Format format, int64_t length, int64_t next_length, Decode decode, Ahead ahead) {
   const Scratch s(p.scratch);
   for (int64_t k = 0; k < length; k += kDepth) {
     const int64_t depth = length - k < kDepth ? length - k : kDepth;

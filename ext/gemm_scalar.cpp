@@ -95,20 +95,17 @@ inline float lane_of(uint32_t bits) {
   __builtin_memcpy(&x, &bits, 4);
   return x;
 }
-inline V bits_of(int bits) {
-  return map([&](int) { return lane_of(static_cast<uint32_t>(bits)); });
+inline V shift_left(V v, int n) {
+  return map([&](int i) { return lane_of(lane_bits(v.lane[i]) << n); });
 }
-inline V add_bits(V a, V b) {
-  return map([&](int i) { return lane_of(lane_bits(a.lane[i]) + lane_bits(b.lane[i])); });
+inline V shift_right(V v, int n) {
+  return map([&](int i) { return lane_of(static_cast<uint32_t>(static_cast<int32_t>(lane_bits(v.lane[i])) >> n)); });
 }
-inline V lowest_kept_bit(V v) {
-  return map([&](int i) { return lane_of(lane_bits(v.lane[i]) >> 16 & 1); });
+inline V and_bits(V v, int mask) {
+  return map([&](int i) { return lane_of(lane_bits(v.lane[i]) & static_cast<uint32_t>(mask)); });
 }
-inline V low_half(V v) {
-  return map([&](int i) { return lane_of(lane_bits(v.lane[i]) << 16); });
-}
-inline V high_half(V v) {
-  return map([&](int i) { return lane_of(lane_bits(v.lane[i]) & 0xffff0000u); });
+inline V ints_as_floats(V v) {
+  return map([&](int i) { return static_cast<float>(static_cast<int32_t>(lane_bits(v.lane[i]))); });
 }
 inline V load_int8(const uint8_t* p) {
   return map([&](int i) { return code_at(Format::kInt8Group128, p, i); });
@@ -120,21 +117,6 @@ inline V load_e4m3(const uint8_t* p) {
   return map([&](int i) { return e4m3_to_float(p[i]) * 0x1p-8f; });
 }
 
-inline V int8_codes(V words, int i) {
-  return map([&](int l) {
-    return static_cast<float>(static_cast<int32_t>(lane_bits(words.lane[l]) << (24 - 8 * i) & 0xff000000u));
-  });
-}
-inline V e4m3_codes(V words, int i) {
-  return map([&](int l) {
-    const uint32_t code = lane_bits(words.lane[l]) >> 8 * i;
-    return lane_of((code & 127) << 20 | (code & 128) << 24);
-  });
-}
-inline V int4_codes(V words, int i) {
-  const uint32_t mask = 15u << i % 4 * 4;
-  return map([&](int l) { return static_cast<float>(lane_bits(words.lane[l]) >> i / 4 * 16 & mask); });
-}
 inline V int4_scales(const uint8_t* p) { return set1(load_scale(Format::kInt4Group32, p)); }
 inline void by_eights(const float* p, V (&out)[8]) {
   for (int i = 0; i < 8; ++i) out[i] = map([&](int l) { return p[8 * l + i]; });

@@ -1,18 +1,31 @@
 // Stored codes as floats in registers, in an order that costs least, and operands in the same order; written against
 // the vector type V of the including file. Included inside an unnamed namespace by each float kernel file, after
 // decode_f32.h and elementwise.h.
-//   int4_codes(words, i): of each 32-bit lane's eight codes number i, as (code + 8) * 16^(i % 4).
 //   int4_scales(p): of kLanes / 4 groups, each for the lanes of its 32 columns.
 //   by_eights(p, out): lane l of out[i] is p[8 l + i].
+
+inline Dtype operand_type(Format format) { return kOperandType[static_cast<int>(format)]; }
+
+// n operands from the element `at` on as floats, by whole vectors: of a row, which is zero to a multiple of kPad.
+inline void widen(const void* a, Format format, int64_t at, int64_t n, float* out) {
+  if (operand_type(format) == Dtype::kFp32) {
+    __builtin_memcpy(out, static_cast<const float*>(a) + at, static_cast<size_t>(n) * 4);
+  } else {
+    const uint16_t* const from = static_cast<const uint16_t*>(a) + at;
+    for (int64_t i = 0; i < n; i += kLanes) store(out + i, load_bf16(from + i));
+  }
+}
+
+// What int4_codes of number i are multiplied by.
+inline float int4_unit(int64_t i) {
+  constexpr float units[4] = {0x1p0f, 0x1p-4f, 0x1p-8f, 0x1p-12f};
+  return units[i % 4];
+}
 
 // A piece of a stored row: what is decoded at once. Lane l of vector i has column
 //   bf16  2 l + i           the two halves of a 32-bit lane
 //   int4  8 l + i           the eight codes of one
 //   else  kLanes i + l
-inline float int4_unit(int64_t i) {  // of vector i
-  constexpr float units[4] = {0x1p0f, 0x1p-4f, 0x1p-8f, 0x1p-12f};
-  return units[i % 4];
-}
 template <Format F>
 struct Piece {
   static constexpr bool kHalves = F == Format::kBf16, kWords = F == Format::kInt4Group32;
@@ -56,7 +69,7 @@ struct Piece {
 
   // Operands of a piece from p on, zeros from n on; n is a multiple of kPad.
   static void arrange(const void* p, int64_t n, float* out) {
-    constexpr Dtype type = kOperandType[static_cast<int>(F)];
+    const Dtype type = operand_type(F);
     if (n < kColumns && !kWords) {
       for (int64_t i = 0; i < kVectors; ++i) store(out + i * kLanes, set1(0.0f));
       return;

@@ -43,10 +43,10 @@ bool run_case(const std::string& isa, const Case& c, Format format, uint64_t see
   Problem p = make_problem(c, format, seed);
   if (adapted) add_adapters(c, seed + 1000, p);
   const int id = register_store(p.store);
-  const Call call{id,           0,          c.tokens,     c.width,       c.per_token,
-                  Dtype::kFp32, p.x.data(), p.idx.data(), p.gate.data(), &p.adapters};
-  std::vector<float> y(p.x.size()), dx(p.x.size()), dgate(p.gate.size()), y_again(p.x.size()), again(p.x.size()),
-      dgate_again(p.gate.size());
+  const Call call{id, 0, c.tokens, c.width, c.per_token, Dtype::kFp32, p.x.data(),
+                  p.idx.data(), p.gate.data(), &p.adapters};
+  std::vector<float> y(p.x.size()), dx(p.x.size()), dgate(p.gate.size()), y_again(p.x.size()),
+      again(p.x.size()), dgate_again(p.gate.size());
   std::vector<float> da[kProjections], db[kProjections], da_again[kProjections], db_again[kProjections];
   AdapterGradients gradients, gradients_again;
   for (int j = 0; j < kProjections; ++j) {
