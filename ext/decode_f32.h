@@ -37,7 +37,7 @@ inline V load_code(const uint8_t* stored, int64_t col) {
 // Weights [row, col .. col + 32) as floats, scale * code; zeros behind the row, or what stands behind its last code in
 // a byte. col is a multiple of 32.
 template <Format F>
-inline __attribute__((always_inline)) void decode_32(const Matrix& w, int64_t row, int64_t col, V (&out)[32 / kLanes]) {
+inline void decode_32(const Matrix& w, int64_t row, int64_t col, V (&out)[32 / kLanes]) {
   const int64_t n = w.cols - col;
   if (n <= 0) {
     for (V& v : out) v = set1(0.0f);

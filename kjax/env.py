@@ -242,11 +242,14 @@ def _driver_cuda(root: Path) -> int | None:
     return None if driver is None else 13 if int(driver[1]) >= 580 else 12
 
 
+FAST = {"avx2", "fma", "f16c"}  # what the slowest kernels but the portable ones need
+
+
 def slow_cpu(flags: set[str], machine: str) -> str | None:
     """A CPU on which only the portable kernels run."""
-    if {"avx2", "fma", "f16c"} <= flags or (not flags and machine in ("x86_64", "AMD64")):
+    if FAST <= flags or (not flags and machine in ("x86_64", "AMD64")):
         return None
-    missing = ", ".join(sorted({"avx2", "fma", "f16c"} - flags))
+    missing = ", ".join(sorted(FAST - flags))
     return (f"this CPU ({machine}) lacks {missing}: the experts run on the portable scalar kernels, about four times "
             "slower than with AVX2; use an x86 CPU from 2013 (Intel) or 2015 (AMD) on for real models")
 
