@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+from matplotlib.figure import Figure
 from rich.console import Console
 
 import kjax
@@ -99,6 +100,20 @@ def test_files(tmp_path):
     assert first["name"] == "one" and first["eval_loss"] == [2.0] and first["runs"] == [str(tmp_path / "one")]
     assert second["loss"] == [1.5, 1.5]
     assert not list(tmp_path.glob(".*partial")), "each file is replaced as a whole"
+
+
+def test_the_curves_of_the_picture(tmp_path, monkeypatch):
+    runs = {"one": made(tmp_path / "one", [2.0, 1.0], [(0, 3.0), (2, 2.0)]),
+            "two": [made(tmp_path / name, [2.0, 1.5], [(0, 3.0), (2, last)]) for name, last in (("a", 2.5), ("b", 3.5))]}
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kw: drawn.append(figure) or save(figure, *args, **kw))
+    kjax.compare(runs).picture()
+    smoothed, evaluation = drawn[0].axes
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == ["loss, smoothed", "evaluation loss"]
+    for axes in drawn[0].axes:
+        assert [line.get_label() for line in axes.lines] == ["one", "two"] and len(axes.collections) == 1, "one range"
+    np.testing.assert_array_equal(smoothed.lines[0].get_xydata(), [*enumerate(log.smoothed([2.0, 1.0]), start=1)])
+    np.testing.assert_array_equal(evaluation.lines[1].get_xydata(), [(0, 3.0), (2, 3.0)])  # the mean of both
 
 
 @pytest.mark.parametrize("runs", [{"one": [3.0]}, {"no curve": [3.0], "a curve": [3.0, 2.0, 1.0]}])
