@@ -104,9 +104,9 @@ def test_files(tmp_path):
 
 def test_the_curves_of_the_picture(tmp_path, monkeypatch):
     runs = {"one": made(tmp_path / "one", [2.0, 1.0], [(0, 3.0), (2, 2.0)]),
-            "two": [made(tmp_path / name, [2.0, 1.5], [(0, 3.0), (2, last)]) for name, last in (("a", 2.5), ("b", 3.5))]}
+            "two": [made(tmp_path / f"two {last}", [2.0, 1.5], [(0, 3.0), (2, last)]) for last in (2.5, 3.5)]}
     drawn, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kw: drawn.append(figure) or save(figure, *args, **kw))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *to, **how: drawn.append(figure) or save(figure, *to, **how))
     kjax.compare(runs).picture()
     smoothed, evaluation = drawn[0].axes
     assert [axes.get_ylabel() for axes in drawn[0].axes] == ["loss, smoothed", "evaluation loss"]
