@@ -1,4 +1,4 @@
-// AVX2 + FMA kernels: tiles of 6 rows x 16 floats, twelve of sixteen registers.
+// AVX2 + FMA kernels: tiles of 3 rows x 32 floats, twelve of sixteen registers.
 #include <immintrin.h>
 #include <utility>
 
@@ -7,7 +7,7 @@
 namespace kjax {
 namespace {
 
-constexpr int kLanes = 8, kRows = 6, kVectors = 2;
+constexpr int kLanes = 8, kRows = 3, kVectors = 4;
 constexpr int64_t kDepth = 128;  // with 32 columns a panel is 16 KB of L1
 constexpr int64_t kWidth = 4 * kLine;
 struct V {
@@ -30,6 +30,21 @@ inline V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 // sum += a * b. Said in assembly, as the compiler otherwise picks forms that overwrite an operand and runs out of
 // registers.
 inline void add_product(V& sum, V a, V b) { __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum.v) : "x"(a.v), "x"(b.v)); }
+// sum[i][j] += x[i * kDepth] * w[j], of three vectors of weights in registers and the last in memory, which takes no
+// instruction of its own. Sums, weights and a number take all sixteen registers, so the compiler has no choice here.
+template <int R>
+inline void add_step(V (&sum)[R][kVectors], const float* x, const float* w) {
+  __m256 y[3], number;
+#pragma GCC unroll 3
+  for (int j = 0; j < 3; ++j) __asm__("vmovups %1, %0" : "=x"(y[j]) : "m"(*reinterpret_cast<const __m256*>(w + 8 * j)));
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+    __asm__(
+        "vbroadcastss %5, %4\n\tvfmadd231ps %6, %4, %0\n\tvfmadd231ps %7, %4, %1\n\tvfmadd231ps %8, %4, %2\n\t"
+        "vfmadd231ps %9, %4, %3"
+        : "+x"(sum[i][0].v), "+x"(sum[i][1].v), "+x"(sum[i][2].v), "+x"(sum[i][3].v), "=&x"(number)
+        : "m"(x[i * kDepth]), "x"(y[0]), "x"(y[1]), "x"(y[2]), "m"(*reinterpret_cast<const __m256*>(w + 24)));
+}
 inline V min_v(V a, V b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline V max_v(V a, V b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline V round_v(V v) { return {_mm256_round_ps(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }

@@ -82,6 +82,7 @@ inline void by_eights(const float* p, V (&out)[8]) {
 #include "with_rows.h"
 #include "pieces_f32.h"
 #include "few_f32.h"
+#include "add_step.h"
 #include "gemm_f32.h"
 
 }  // namespace

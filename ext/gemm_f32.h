@@ -6,69 +6,40 @@
 constexpr int64_t kTileCols = kVectors * kLanes;  // columns of C per tile
 // Weights decoded at a time: a panel of this width and depth stays in L1 while the rows of A pass by.
 constexpr int64_t kPanelCols = kTileCols < 32 ? 32 : kTileCols;
-constexpr int64_t kChunk = 48 * kRows;  // rows of A widened at once: they stay in L2 for all columns
-constexpr int64_t kTick = 4;            // steps of the reduction between two of the prefetch cursor
+constexpr int64_t kChunk = 192;  // rows of A widened at once, a multiple of kRows: they stay in L2 for all columns
+constexpr int64_t kTick = 8;     // steps of the reduction between two of the prefetch cursor
 // Up to this many rows weights are decoded in registers instead of into panels.
-constexpr int64_t kFewAlong[kFormats] = {8, 8, 5, 5, 8, 8}, kFewAcross[kFormats] = {5, 5, 5, 5, 4, 5};
+constexpr int64_t kFewAlong[kFormats] = {8, 8, 5, 5, 6, 8}, kFewAcross[kFormats] = {5, 5, 5, 5, 4, 5};
 
-// C tile [R, kTileCols] (+)= A [R, depth], rows kDepth apart, x panel [depth][kTileCols]
+// `count` tiles of C, [R, kTileCols] one below the other, (+)= A [count R, depth], rows kDepth apart, x panel
+// [depth][kTileCols]
 template <int R>
-__attribute__((noinline)) void tile(const float* a, const float* panel, int64_t depth, float* c, int64_t ldc, bool add,
-                                    Prefetch& prefetch) {
-  V sum[R][kVectors];
+__attribute__((noinline)) void tiles(int64_t count, const float* a, const float* panel, int64_t depth, float* c,
+                                     int64_t ldc, bool add, Prefetch& cursor) {
+  Prefetch prefetch = cursor;
+  for (; count > 0; --count, a += R * kDepth, c += R * ldc) {
+    V sum[R][kVectors];
 #pragma GCC unroll 8
-  for (int i = 0; i < R; ++i)
+    for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) sum[i][j] = add ? load(c + i * ldc + j * kLanes) : set1(0.0f);
-  const auto step = [&]() __attribute__((always_inline)) {
-    V w[kVectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) w[j] = load(panel + j * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const V x = set1(a[i * kDepth]);
-#pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) add_product(sum[i][j], x, w[j]);
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = add ? load(c + i * ldc + j * kLanes) : set1(0.0f);
+    const float *x = a, *w = panel;
+    int64_t k = depth;
+    for (; k >= kTick; k -= kTick) {
+      prefetch.tick();
+#pragma GCC unroll 1
+      for (int64_t i = 0; i < kTick; i += 4) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j, ++x, w += kTileCols) add_step(sum, x, w);
+      }
     }
-    ++a;
-    panel += kTileCols;
-  };
-  int64_t k = depth;
-  for (; k >= kTick; k -= kTick) {
-    prefetch.tick();
+    for (; k > 0; --k, ++x, w += kTileCols) add_step(sum, x, w);
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < kTick; ++i) step();
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
   }
-  for (; k > 0; --k) step();
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
-}
-
-void any_tile(int64_t rows, const float* a, const float* panel, int64_t depth, float* c, int64_t ldc, bool add,
-              Prefetch& prefetch) {
-  switch (rows) {
-    case 1:
-      return tile<1>(a, panel, depth, c, ldc, add, prefetch);
-    case 2:
-      return tile<2>(a, panel, depth, c, ldc, add, prefetch);
-    case 3:
-      return tile<3>(a, panel, depth, c, ldc, add, prefetch);
-    case 4:
-      return tile<4>(a, panel, depth, c, ldc, add, prefetch);
-    case 5:
-      return tile<5>(a, panel, depth, c, ldc, add, prefetch);
-    default:
-      return tile<kRows>(a, panel, depth, c, ldc, add, prefetch);
-  }
-}
-
-// Rows of the tile at the front of `rows`: a remainder of one or two rows would not hide the latency of its sums, so
-// the tile before it gives some of its own.
-inline int64_t tile_rows(int64_t rows) {
-  if (rows <= kRows) return rows;
-  return rows < kRows + 3 ? (rows + 1) / 2 : kRows;
+  cursor = prefetch;
 }
 
 struct Scratch {
@@ -97,10 +68,16 @@ void by_panels(const Product& p, Format format, int64_t length, int64_t next_len
       for (int64_t c = 0; c < p.strip.count; c += kPanelCols) {
         decode(k, depth, c, s);
         for (int64_t t = 0; t < kPanelCols && c + t < p.strip.count; t += kTileCols)
-          for (int64_t r = 0, n; r < rows; r += n) {
-            n = tile_rows(rows - r);
-            any_tile(n, s.rows + r * kDepth, s.panel + t * depth, depth, p.c + (row + r) * p.ldc + c + t, p.ldc,
-                     p.add || k > 0, prefetch);
+          for (int64_t r = 0; r < rows;) {
+            // A remainder of one or two rows would not hide the latency of its sums, so the tile before it gives some
+            // of its own.
+            const int64_t left = rows - r, whole = left < kRows + 3 ? 1 : (left - 3) / kRows;
+            const int64_t height = left <= kRows ? left : left < kRows + 3 ? (left + 1) / 2 : kRows;
+            with_rows<1, kRows>(height, [&]<int R>() {
+              tiles<R>(whole, s.rows + r * kDepth, s.panel + t * depth, depth, p.c + (row + r) * p.ldc + c + t, p.ldc,
+                       p.add || k > 0, prefetch);
+            });
+            r += whole * height;
           }
       }
     }

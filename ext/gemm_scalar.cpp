@@ -138,6 +138,7 @@ inline void store_bf16(uint16_t* p, V v) { store_bf16_n(p, v, kLanes); }
 #include "with_rows.h"
 #include "pieces_f32.h"
 #include "few_f32.h"
+#include "add_step.h"
 #include "gemm_f32.h"
 
 }  // namespace

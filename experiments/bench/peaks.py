@@ -28,8 +28,9 @@ def _build() -> ctypes.CDLL:
         subprocess.run([compiler, *flags, str(SOURCE), "-o", fresh], check=True)
         os.replace(fresh, library)
     probe = ctypes.CDLL(str(library))
-    probe.peak.restype = probe.bandwidth.restype = ctypes.c_double
+    probe.peak.restype = probe.issue.restype = probe.bandwidth.restype = ctypes.c_double
     probe.peak.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double]
+    probe.issue.argtypes = [ctypes.c_int, ctypes.c_double]
     probe.bandwidth.argtypes = [ctypes.c_int, ctypes.c_size_t]
     return probe
 
@@ -42,10 +43,17 @@ class Probe:
 
     def __init__(self, threads: int):
         self._probe, self.threads = _build(), threads
+        self.most_issued = 0.0
 
     # Of three short tries the best: what others take from the machine only ever lowers them.
     def arithmetic(self, isa: str, milliseconds: float = 6) -> float:
         return max(self._probe.peak(self.KINDS[isa], self.threads, milliseconds) for _ in range(3)) * 1e9
+
+    # Instructions a second, the middle of three tries; `most_issued` is the most there ever was.
+    def issue(self, milliseconds: float = 6) -> float:
+        tries = [self._probe.issue(self.threads, milliseconds) for _ in range(3)]
+        self.most_issued = max(self.most_issued, *tries)
+        return statistics.median(tries)
 
     def bandwidth(self, size: int = 256 << 20) -> float:
         return max(self._probe.bandwidth(self.threads, size) for _ in range(3)) * 1e9
@@ -56,8 +64,13 @@ class Sample:
     seconds: float
     arithmetic: float  # FLOP/s, the better of before and after
     bandwidth: float  # bytes/s, likewise
-    noise: float  # share of the machine others took, plus how much the peaks moved
+    disturbed: float  # share of the machine others took, plus half of how much the peaks moved
+    issue: float  # instructions a second, the worse of before and after
     beside: float = 0.0  # seconds of the other call, if there is one
+
+    # Half, as no kernel needs every instruction that a core can start.
+    def noise(self, probe: Probe) -> float:
+        return self.disturbed + 0.5 * (1 - self.issue / probe.most_issued)
 
 
 @dataclass
@@ -87,8 +100,9 @@ def samples(probe: Probe, isa: str, call, seconds: float, beside=None, at_least:
     begin = time.perf_counter()
     call()
     repeats = max(1, round(at_least / (time.perf_counter() - begin)))
-    out, before = [], (probe.arithmetic(isa), probe.bandwidth())
-    while len(out) < 3 or (sum(s.noise < QUIET for s in out) < 5 and time.perf_counter() - begin < seconds):
+    look = lambda: (probe.arithmetic(isa), probe.bandwidth(), probe.issue())  # noqa: E731
+    out, before = [], look()
+    while len(out) < 3 or (sum(s.noise(probe) < QUIET for s in out) < 5 and time.perf_counter() - begin < seconds):
         busy, own, start, other = _busy(), sum(os.times()[:2]), time.perf_counter(), 0.0
         for _ in range(repeats):
             call()
@@ -98,10 +112,11 @@ def samples(probe: Probe, isa: str, call, seconds: float, beside=None, at_least:
                 other += time.perf_counter() - began
         elapsed = time.perf_counter() - start
         others = max(0.0, _busy() - busy - (sum(os.times()[:2]) - own)) / elapsed / (os.cpu_count() or 1)
-        after = probe.arithmetic(isa), probe.bandwidth()
-        moved = max(abs(a - b) / max(a, b) for a, b in zip(before, after, strict=True))
-        mine = (elapsed - other) / repeats
-        out.append(Sample(mine, *map(max, before, after), others + 0.5 * moved, other / repeats))
+        after = look()
+        moved = max(abs(a - b) / max(a, b) for a, b in zip(before[:2], after[:2], strict=True))
+        arithmetic, bandwidth, _ = map(max, before, after)
+        disturbed, issue = others + 0.5 * moved, min(before[2], after[2])
+        out.append(Sample((elapsed - other) / repeats, arithmetic, bandwidth, disturbed, issue, other / repeats))
         before = after
     return out
 
@@ -109,8 +124,8 @@ def samples(probe: Probe, isa: str, call, seconds: float, beside=None, at_least:
 def measure(probe: Probe, isa: str, call, work: Work, seconds: float, beside=None) -> dict:
     """Figures of one case: medians of the quiet samples, of the quietest three if there are fewer; with `beside`, also
     what share `call` takes longer than that."""
-    taken = sorted(samples(probe, isa, call, seconds, beside), key=lambda s: s.noise)
-    kept = taken[: max(3, sum(s.noise < QUIET for s in taken))]
+    taken = sorted(samples(probe, isa, call, seconds, beside), key=lambda s: s.noise(probe))
+    kept = taken[: max(3, sum(s.noise(probe) < QUIET for s in taken))]
     middle = lambda f: statistics.median(f(s) for s in kept)  # noqa: E731
     limits = [work.limit(s.arithmetic, s.bandwidth) for s in kept]
     return {
@@ -123,7 +138,7 @@ def measure(probe: Probe, isa: str, call, work: Work, seconds: float, beside=Non
         "gflops": middle(lambda s: work.flops / s.seconds) * 1e-9,
         "peak_gflops": middle(lambda s: s.arithmetic) * 1e-9,
         "bandwidth_gbs": middle(lambda s: s.bandwidth) * 1e-9,
-        "quiet": sum(s.noise < QUIET for s in taken),
+        "quiet": sum(s.noise(probe) < QUIET for s in taken),
         "samples": len(taken),
     } | ({"cost": middle(lambda s: s.seconds / s.beside) - 1} if beside else {})
 

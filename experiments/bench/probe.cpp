@@ -1,5 +1,5 @@
-// Peaks of this machine: arithmetic from registers and reads of memory larger
-// than any cache, with a given number of threads. c++ -O2 -std=c++20 -shared
+// Peaks of this machine: arithmetic from registers, instructions a second and
+// reads of memory larger than any cache, with a given number of threads. c++ -O2 -std=c++20 -shared
 // -fPIC -pthread probe.cpp -o probe.so   (x86-64 with AVX2; experts.py builds
 // it)
 #include <immintrin.h>
@@ -88,7 +88,25 @@ void tiles(long n) {
       : "+r"(n)::"cc");
 }
 
+// As many instructions at a time as a core starts: loads and additions that wait for nothing.
+void wide(long n) {
+  static const long word = 1;
+  __asm__ volatile(
+      "1:\n mov (%1), %%r8\n lea 1(%1), %%r9\n lea 2(%1), %%r10\n mov (%1), %%r11\n lea 3(%1), %%r12\n lea 4(%1), %%r13\n"
+      "mov (%1), %%r8\n lea 1(%1), %%r9\n lea 2(%1), %%r10\n mov (%1), %%r11\n lea 3(%1), %%r12\n dec %0\n jnz 1b\n"
+      : "+r"(n)
+      : "r"(&word)
+      : "r8", "r9", "r10", "r11", "r12", "r13", "cc");
+}
+
 }  // namespace
+
+// 10^9 rounds of instructions a second. A guest on the other half of a core takes of these whatever it runs, of the
+// arithmetic peak only if it computes the same.
+extern "C" double issue(int threads, double milliseconds) {
+  const long rounds = static_cast<long>(milliseconds * 1e-3 * 1.3e9);
+  return threads * rounds / parallel(threads, [&](int) { wide(rounds); }) * 1e-9;
+}
 
 // GFLOP/s of kind 0 and 1 (fp32 FMA of 256 and 512 bits), 2 (bf16 dot), 3 (AMX
 // bf16); 0 where Linux refuses the tiles.
