@@ -33,9 +33,13 @@ struct Isa {
 
 // Best first; each also runs what the ones below it run.
 const std::vector<Isa>& isas() {
+#if defined(KJAX_EMULATED)  // emulated.h
+  static const std::vector<std::string> avx512 = {"avx2", "fma", "f16c"}, avx512bf16 = avx512;
+#else
   static const std::vector<std::string> avx512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"};
   static const std::vector<std::string> avx512bf16 = {"avx2",     "fma",      "f16c",        "avx512f",    "avx512bw",
                                                       "avx512dq", "avx512vl", "avx512_vbmi", "avx512_bf16"};
+#endif
   static const std::vector<std::string> amx = {"avx2",        "fma",      "f16c",     "avx512f",
                                                "avx512bw",    "avx512dq", "avx512vl", "avx512_vbmi",
                                                "avx512_bf16", "amx_tile", "amx_bf16", kTilePermission};

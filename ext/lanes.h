@@ -132,6 +132,19 @@ struct Lanes<Format::kInt4Group32> {
   }
 };
 
+// A pair of numbers in all lanes. Said in assembly, as compilers load an operand of its own for each dot product.
+inline __attribute__((always_inline)) __m512i everywhere(const uint16_t* pair) {
+#if defined(KJAX_EMULATED)
+  int two;
+  __builtin_memcpy(&two, pair, 4);
+  return _mm512_set1_epi32(two);
+#else
+  __m512i lanes;
+  __asm__("vpbroadcastd %1, %0" : "=v"(lanes) : "m"(*reinterpret_cast<const int*>(pair)));
+  return lanes;
+#endif
+}
+
 constexpr int kLaneRows = 12;  // operand rows of a tile, x 2 vectors: twenty-four sums
 
 // The sums of a tile of R operand rows x 32 numbers. Few rows have others for odd pairs: a dot product takes 6 cycles.
@@ -154,8 +167,7 @@ struct LaneSums {
   inline __attribute__((always_inline)) void multiply(int64_t q, const uint16_t* x, const __m512i (&y)[2]) {
 #pragma GCC unroll 12
     for (int i = 0; i < R; ++i) {
-      __m512i pair;  // an operand of its own would be loaded for each dot product
-      __asm__("vpbroadcastd %1, %0" : "=v"(pair) : "m"(*reinterpret_cast<const int*>(x + 2 * i)));
+      const __m512i pair = everywhere(x + 2 * i);
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j)
         of[q % kChains][i][j] = _mm512_dpbf16_ps(of[q % kChains][i][j], as_bf16(pair), as_bf16(y[j]));

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# The C++ programs under sanitizers: scripts/sanitize.sh [address|thread|plain|static|fuzz]... (default: the first four).
+# The C++ programs under sanitizers: scripts/sanitize.sh [address|thread|plain|static|emulated|fuzz]... (default: the
+# first five).
 # Address and undefined behaviour: the self-test on every instruction set, fuzzing and refused memory. Threads: one
 # instruction set, as all run on the same threads, and concurrent calls. Without sanitizers: plain counts what a steady
-# call and a first one allocate, which sanitizers would add to; static runs the self-test as it is taken elsewhere.
+# call and a first one allocate, which sanitizers would add to; static runs the self-test as it is taken elsewhere,
+# emulated the AVX-512 kernels and the model of AMX on a CPU that has AVX2 alone.
 # KJAX_FUZZ_SECONDS sets how long random products run (60), KJAX_FUZZ_SEED where they begin (the date).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -42,7 +44,7 @@ isa=scalar  # for threads: the fastest that every x86-64 of the last ten years h
 if grep -qw avx2 /proc/cpuinfo 2>/dev/null; then isa=avx2; fi
 export ASAN_OPTIONS=abort_on_error=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1
-for what in "${@:-address thread plain static}"; do for one in $what; do
+for what in "${@:-address thread plain static emulated}"; do for one in $what; do
     case $one in
     address | fuzz)
         build address address,undefined
@@ -71,7 +73,20 @@ for what in "${@:-address thread plain static}"; do for one in $what; do
         fi
         check static build/static/kjax_selftest
         ;;
-    *) die "sanitize.sh: $one is not address, thread, plain, static or fuzz" ;;
+    emulated)
+        if [ "$isa" != avx2 ] || grep -qw avx512_bf16 /proc/cpuinfo; then
+            say "The AVX-512 kernels are emulated on CPUs with AVX2 and without AVX-512-BF16; this is none."
+            continue
+        fi
+        python=python3
+        [ ! -x .venv/bin/python ] || python=.venv/bin/python
+        "$python" -m pip --disable-pip-version-check install -qq --no-deps --upgrade --target build/simde simde-py==0.8.2.post1 ||
+            die "SIMDe's headers (simde-py) cannot be installed"
+        build emulated "" -DKJAX_EMULATE="$PWD/build/simde/simde_py/simde"
+        for emulated in avx512 avx512bf16 amx_soft; do check emulated build/emulated/kjax_selftest "$emulated"; done
+        check emulated build/emulated/kjax_robust fuzz "$((seconds / 2))" "$seed"
+        ;;
+    *) die "sanitize.sh: $one is not address, thread, plain, static, emulated or fuzz" ;;
     esac
 done; done
 say "Nothing was found."
