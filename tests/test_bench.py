@@ -77,6 +77,28 @@ def test_the_judge_tells_wrong_results(bench, wrong):
         judge.errors(batch, (y, dx, dgate, gradients))
 
 
+@pytest.mark.parametrize("fmt", ["bf16", "fp32", "fp8_block", "fp8_channel", "int4_group32", "int8_group128"])
+def test_the_bench_decodes_as_the_store_does(bench, fmt):
+    cases, _ = bench
+    store, _, weights = cases.make_store(cases.Shape(160, 96, 2, 1), fmt)
+    for projection, exact in enumerate(weights(1)):
+        mine = exact if fmt == "fp32" else cases.wide(cases.bf16(exact))
+        np.testing.assert_array_equal(mine, store.decode(0, 1, projection))
+
+
+@pytest.mark.parametrize("either", [False, True])
+def test_the_judge_takes_the_nearer_meaning_of_weights(bench, either):
+    cases, oracle = bench
+    shape = cases.Shape(96, 64, 2, 1)
+    _, _, weights = cases.make_store(shape, "int4_group32")
+    batch = cases.checked_batch(shape, 3)
+    rows, gate = cases.wide(batch.x), batch.gate.astype(np.float64)
+    rounded = [cases.wide(cases.bf16(w)) for w in weights(int(batch.idx[0, 0]))]
+    y = oracle.one_expert(rounded, None, rows, rows, gate)[0]
+    ratio = oracle.Judge(weights, either=either).errors(batch, (y,))["y / rounding"]
+    assert ratio < 1e-6 if either else ratio > 0.5
+
+
 def test_a_run_with_adapters(tmp_path):
     if not shutil.which("c++") or os.uname().machine != "x86_64":
         pytest.skip("the bench compiles a probe for x86-64")

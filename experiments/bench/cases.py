@@ -37,7 +37,7 @@ CHECKED = 8  # tokens compared with float64; they share their experts, so that f
 
 def bf16(a):
     """The bits of a as bfloat16, as uint16."""
-    return ((a.astype(np.float32).view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
+    return a.astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
 def wide(bits):
@@ -112,12 +112,26 @@ def _scales(fmt: str, rows: int, cols: int, experts: int, rng):
     return (scales.astype(np.float32) if size == 4 else bf16(scales)).view(np.uint8), count * size
 
 
+def _decoded(fmt: str, codes, scales, rows: int, cols: int):
+    """Scale x code of one projection in float64."""
+    bits, block, size = FORMATS[fmt]
+    if not block:
+        return wide(codes.view(np.uint16 if bits == 16 else np.float32)).reshape(rows, cols)
+    if bits == 4:
+        numbers = np.stack([codes & 15, codes >> 4], 1).astype(np.float64) - 8
+    else:
+        numbers = codes.view(ml_dtypes.float8_e4m3fn if fmt.startswith("fp8") else np.int8).astype(np.float64)
+    scales = wide(scales.view(np.float32 if size == 4 else np.uint16)).reshape(-(-rows // block[0]), -1)
+    scales = scales.repeat(block[0], 0)[:rows].repeat(block[1] or cols, 1)[:, :cols]
+    return numbers.reshape(rows, cols) * scales
+
+
 def make_store(shape: Shape, fmt: str):
-    """A store of one layer of random weights, and the bytes of one expert."""
+    """A store of one layer of random weights, the bytes of one expert, and expert -> (gate, up, down) in float64."""
     rng = np.random.default_rng(0)
     store, bytes_of_one = _ext.Store(1, shape.experts, shape.width, shape.hidden, fmt), 0
     at = np.arange(shape.experts, dtype=np.int64)
-    sides = (shape.hidden, shape.width)
+    sides, parts = (shape.hidden, shape.width), []
     for projection, (rows, cols) in enumerate([sides, sides, sides[::-1]]):
         size = rows * cols * FORMATS[fmt][0] // 8
         memory, codes = _huge(size * shape.experts), _codes(fmt, cols, rng)
@@ -125,9 +139,18 @@ def make_store(shape: Shape, fmt: str):
             memory[begin : begin + codes.size] = codes[: memory.size - begin]
         where = [np.full(shape.experts, store.add_buffer(memory), np.int32), at * size]
         bytes_of_one += size
+        scales, each = np.zeros(0, np.uint8), 0
         if FORMATS[fmt][1]:
             scales, each = _scales(fmt, rows, cols, shape.experts, rng)
             where += [np.full(shape.experts, store.add_buffer(scales), np.int32), at * each]
             bytes_of_one += each
         store.place(0, projection, *where)
-    return store, bytes_of_one
+        parts.append((memory, size, scales, each, rows, cols))
+
+    def weights(e):
+        return tuple(
+            _decoded(fmt, memory[e * size :][:size], scales[e * each :][:each], rows, cols)
+            for memory, size, scales, each, rows, cols in parts
+        )
+
+    return store, bytes_of_one, weights

@@ -25,6 +25,7 @@ class Contender:
     adapters: Callable | None = None  # expert -> three (A, B, scale) in float64
     prepare: Callable = lambda: None  # before a call whose results are judged
     beside: dict[str, Callable] = field(default_factory=dict)  # pass -> the call without adapters
+    either: bool = False  # weights may also be rounded to bf16 before they are multiplied (ext/kernels.h)
 
 
 def make_adapters(shape: Shape, rank: int):
@@ -57,22 +58,23 @@ def _kjax_calls(store, adapters=None, gradients=None):
 
 
 def kjax(shape: Shape, fmt: str, threads: int, rank: int):
-    store, bytes_of_expert = make_store(shape, fmt)
+    store, bytes_of_expert, weights = make_store(shape, fmt)
     along, across = (float(np.median([_ext.decode_cost(fmt, way) for _ in range(5)])) for way in (False, True))
-    weights = lambda e: tuple(store.decode(0, e, p).astype(np.float64) for p in range(3))  # noqa: E731
+    quantised = FORMATS[fmt][1] is not None
     decode, plain = {"forward": along, "forward+backward": along + across}, _kjax_calls(store)
     if not rank:
-        yield Contender("kjax", fmt, bytes_of_expert, weights, plain, decode, [store])
+        yield Contender("kjax", fmt, bytes_of_expert, weights, plain, decode, [store], either=quantised)
         return
     factors, scale, of_expert = make_adapters(shape, rank)
     with_factors = _kjax_calls(store, (factors, [scale] * 3, 0.0, -1))
     parts = ("kjax", fmt, bytes_of_expert, weights)
-    yield Contender(*parts, with_factors, decode, [store], f"{rank}, operands", of_expert, beside=plain)
+    of_home = {"adapters": of_expert, "beside": plain, "either": quantised}
+    yield Contender(*parts, with_factors, decode, [store], f"{rank}, operands", **of_home)
     host, sums = _ext.HostAdapters(1, shape.experts, shape.width, shape.hidden), [np.zeros_like(f) for f in factors]
     host.bind([tuple(a[None] for a in (*factors[i : i + 2], *sums[i : i + 2])) for i in (0, 2, 4)])
     on_host = _kjax_calls(store, ([], [scale] * 3, 0.0, host.id), sums)
     clear = lambda: [a.fill(0) for a in sums]  # noqa: E731
-    yield Contender(*parts, on_host, decode, [store, host], f"{rank}, host", of_expert, clear, plain)
+    yield Contender(*parts, on_host, decode, [store, host], f"{rank}, host", prepare=clear, **of_home)
 
 
 def _torch_batch(b: Batch):

@@ -73,7 +73,7 @@ def measure_contender(who: str, shape_name: str, fmt: str, options):
     results.document |= {"machine": machine(), "threads": probe.threads}
     results.document["shapes"] = {name: asdict(s) for name, s in SHAPES.items()}
     for contender in CONTENDERS[who](shape, fmt, probe.threads, options.lora):
-        judge = Judge(contender.weights, contender.adapters)
+        judge = Judge(contender.weights, contender.adapters, contender.either)
         for tokens in options.tokens:
             for passed in options.passes:
                 row = dict(
