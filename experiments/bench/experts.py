@@ -11,10 +11,10 @@ limit = max(operations / arithmetic peak, bytes of the touched experts / read ba
 share = limit / time. Peaks are measured with the same threads right before and after every sample, the decode cost
 with the kernels' own products of zero rows; of the samples, the quietest decide: those during which peaks and load
 stood still and cores could start about as many instructions as ever. Every case is compared with float64 on the decoded
-weights before it is timed: relative L2 errors, also as multiples of those that rounding the operands alone gives. With --lora that includes dA and dB of one expert, and each sample times the call without adapters too, so
-that what they cost does not depend on the minute. Rows go to experts.json as they are measured, and a case that is
-there is not measured again (--again does): a long table can be made in pieces. Each contender runs in a process of its
-own.
+weights before it is timed: relative L2 errors, also as multiples of those that rounding the operands alone gives. With
+--lora that includes dA and dB of one expert, and each sample times the call without adapters too, so that what they
+cost does not depend on the minute. Rows go to experts.json as they are measured, and a case that is there is not
+measured again (--again does): a long table can be made in pieces. Each contender runs in a process of its own.
 
 kt-kernel: pip install --no-deps --target DIR kt-kernel==0.7.2, and KJAX_BENCH_PEERS=DIR.
 """
