@@ -109,7 +109,7 @@ int files() {
   file.drop();
   const size_t before = cached(mapped);
   size_t after = before;
-  for (int i = 0; i < 50 && after < kBytes; ++i) {
+  for (int i = 0; i < 300 && after < kBytes; ++i) {
     read_ahead(mapped.data(), kBytes);  // again: the kernel drops requests where the disk is busy
     for (int wait = 0; wait < 10 && (after = cached(mapped)) < kBytes; ++wait)
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
