@@ -49,7 +49,7 @@ class Probe:
     def arithmetic(self, isa: str, milliseconds: float = 6) -> float:
         return max(self._probe.peak(self.KINDS[isa], self.threads, milliseconds) for _ in range(3)) * 1e9
 
-    # Instructions a second, the middle of three tries; `most_issued` is the most there ever was.
+    # Rounds of instructions a second in 10^9, the middle of three tries; `most_issued` is the most there ever was.
     def issue(self, milliseconds: float = 6) -> float:
         tries = [self._probe.issue(self.threads, milliseconds) for _ in range(3)]
         self.most_issued = max(self.most_issued, *tries)
@@ -65,7 +65,7 @@ class Sample:
     arithmetic: float  # FLOP/s, the better of before and after
     bandwidth: float  # bytes/s, likewise
     disturbed: float  # share of the machine others took, plus half of how much the peaks moved
-    issue: float  # instructions a second, the worse of before and after
+    issue: float  # rounds of instructions a second, the worse of before and after
     beside: float = 0.0  # seconds of the other call, if there is one
 
     # Half, as no kernel needs every instruction that a core can start.
