@@ -192,14 +192,23 @@ void require_files() {
 
 void read_ahead(const uint8_t* data, size_t bytes) {
 #if defined(__linux__)
-  const uintptr_t at = reinterpret_cast<uintptr_t>(data);
-  const Range* const range = range_of(at);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data);
+  const Range* const range = range_of(address);
   if (!range) return;  // resident memory
-  const off_t first = static_cast<off_t>(at - range->begin.load());
-  // One byte in the middle tells for all: a strip of experts is read and dropped as a whole.
-  char byte;
-  const iovec one{&byte, 1};
-  if (preadv2(range->file, &one, 1, first + static_cast<off_t>(bytes / 2), RWF_NOWAIT) != -1 || errno != EAGAIN) return;
+  const off_t first = static_cast<off_t>(address - range->begin.load());
+  // A strip of experts is read and dropped as a whole, so few bytes tell for all. Asking for one makes the kernel read
+  // the pages around it, and on busy cores they are often there before it answers, a quarter of the time with two
+  // programs to a core: several are asked, and others each time.
+  static std::atomic<uint32_t> turn{0};
+  constexpr uint32_t kPlaces = 64, kStride = 37;  // no common divisor: every place has its turn, neighbours far apart
+  const auto cached = [&] {
+    const uint32_t place = turn.fetch_add(kStride, std::memory_order_relaxed) % kPlaces;
+    char byte;
+    const iovec one{&byte, 1};
+    const off_t at = first + static_cast<off_t>((2 * place + 1) * bytes / (2 * kPlaces));
+    return preadv2(range->file, &one, 1, at, RWF_NOWAIT) != -1 || errno != EAGAIN;
+  };
+  if (cached() && cached() && cached()) return;
   constexpr size_t kPiece = size_t{1} << 20;  // the kernel cuts one request to its largest read, often no more
   for (size_t done = 0; done < bytes; done += kPiece)
     posix_fadvise(range->file, first + static_cast<off_t>(done), static_cast<off_t>(std::min(kPiece, bytes - done)),

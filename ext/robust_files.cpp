@@ -110,7 +110,7 @@ int files() {
   const size_t before = cached(mapped);
   size_t after = before;
   for (int i = 0; i < 300 && after < kBytes; ++i) {
-    read_ahead(mapped.data(), kBytes);  // again: the kernel drops requests where the disk is busy
+    read_ahead(mapped.data(), kBytes);  // again: a page may be there by its being asked for (mapped.cpp)
     for (int wait = 0; wait < 10 && (after = cached(mapped)) < kBytes; ++wait)
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
   }
