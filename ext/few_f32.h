@@ -1,7 +1,10 @@
-// Products of few operand rows in fp32: weights are decoded in registers, for up to five rows at a time, and never
+// Products of few operand rows in fp32: weights are decoded in registers, for up to six rows at a time, and never
 // stored. Included inside an unnamed namespace by each float kernel file, after pieces_f32.h and prefetch.h.
 
-constexpr int kFewRows = 5;  // operand rows that meet a decoded vector
+// Operand rows that meet a decoded vector: with two vectors of weights their sums take twelve registers. The sums that
+// INT4 has besides leave room for fewer.
+template <Format F>
+constexpr int kFewRows = F == Format::kInt4Group32 ? 5 : 6;
 
 // C [R, W] (+)= A [pieces][R][kStride] x `depth` columns from k on of W stored rows from `row` on; `rows` of those
 // exist, and the last stands for those missing.
@@ -70,9 +73,9 @@ __attribute__((noinline)) void few_along(const float* a, const Matrix& w, int64_
 }
 
 // Rows of operands in groups of nearly equal size. f(first row, rows)
-template <class Then>
+template <int most, class Then>
 inline void in_groups(int64_t rows, Then f) {
-  int64_t groups = (rows + kFewRows - 1) / kFewRows;
+  int64_t groups = (rows + most - 1) / most;
   for (int64_t r = 0, n; r < rows; r += n) f(r, n = (rows - r + groups - 1) / groups), --groups;
 }
 
@@ -86,7 +89,7 @@ void along_few(const Product& p) {
   for (int64_t k = 0; k < w.cols; k += deepest) {
     const int64_t depth = w.cols - k < deepest ? w.cols - k : deepest;
     const int64_t pieces = (depth + P::kRun - 1) / P::kRun * (P::kRun / P::kColumns);
-    in_groups(p.rows, [&](int64_t first, int64_t rows) {
+    in_groups<kFewRows<F>>(p.rows, [&](int64_t first, int64_t rows) {
       float* out = arranged + first * pieces * P::kStride;
       for (int64_t i = 0; i < pieces; ++i)
         for (int64_t r = 0; r < rows; ++r, out += P::kStride) {
@@ -104,8 +107,8 @@ void along_few(const Product& p) {
         const int64_t row = here ? c + W : 0, col = here ? k : more ? k + deepest : 0;
         const int64_t n = s.matrix.cols - col < deepest ? s.matrix.cols - col : deepest;
         Prefetch prefetch(byte_at(F, s.matrix, s.first + row, col), row_bytes(F, s.matrix.cols), bytes_of(F, n),
-                          s.count - row < W ? s.count - row : W, (p.rows + kFewRows - 1) / kFewRows * pieces);
-        in_groups(p.rows, [&](int64_t first, int64_t rows) {
+                          s.count - row < W ? s.count - row : W, (p.rows + kFewRows<F> - 1) / kFewRows<F> * pieces);
+        in_groups<kFewRows<F>>(p.rows, [&](int64_t first, int64_t rows) {
           with_rows<least, most>(rows, [&]<int R>() {
             few_along<F, R, W>(arranged + first * pieces * P::kStride, w, p.strip.first + c, left, k, depth,
                                p.c + first * p.ldc + c, p.ldc, p.add || k > 0, prefetch);
@@ -116,7 +119,7 @@ void along_few(const Product& p) {
     if (p.rows <= 2)
       multiply.template operator()<4, 1, 2>();
     else
-      multiply.template operator()<2, 3, kFewRows>();
+      multiply.template operator()<2, 3, kFewRows<F>>();
   }
 }
 
@@ -213,10 +216,10 @@ void across_few(const Product& p) {
   const Matrix& w = p.strip.matrix;
   const int64_t end = p.strip.first + p.strip.count, bytes = row_bytes(F, w.cols),
                 scales_bytes = block.bytes ? scales_per_row(block, w.cols) * block.bytes : 0;
-  float* const a = reinterpret_cast<float*>(p.scratch);      // [kFewRows][kFewDepth]
-  float* const scaled = a + kFewRows * kFewDepth;            // times the scales of a run of columns
-  float* const sums = scaled + (kFewRows + 1) * kFewDepth;   // [pieces][rows][kStride]
-  PartRun<F>* const copies = reinterpret_cast<PartRun<F>*>(  // of stored rows at the end of their columns
+  float* const a = reinterpret_cast<float*>(p.scratch);        // [rows][kFewDepth]
+  float* const scaled = a + kFewRows<F> * kFewDepth;           // times the scales of a run of columns
+  float* const sums = scaled + (kFewRows<F> + 1) * kFewDepth;  // [pieces][rows][kStride]
+  PartRun<F>* const copies = reinterpret_cast<PartRun<F>*>(    // of stored rows at the end of their columns
       sums + (p.strip.count + P::kColumns) / P::kColumns * p.rows * P::kStride);
   // f(first column, columns, sums) of each part of the strip that lies in a run
   const auto for_runs = [&](auto f) {
@@ -240,7 +243,7 @@ void across_few(const Product& p) {
     for_runs([&](int64_t col, int64_t columns, float* at) {
       const float* x = a;
       if constexpr (block.bytes && !P::kWords) {
-        float* const scale = scaled + kFewRows * kFewDepth;
+        float* const scale = scaled + kFewRows<F> * kFewDepth;
         for (int64_t i = 0; i < depth; ++i) scale[i] = kCodeUnit<F> * scale_at(F, w, k + i, col);
         for (int64_t r = 0; r < p.rows; ++r)
           for (int64_t i = 0; i < depth; i += kLanes)
@@ -258,7 +261,7 @@ void across_few(const Product& p) {
           step = scales_step = sizeof(PartRun<F>);
         }
         int64_t done = 0;
-        with_rows<1, kFewRows>(p.rows, [&]<int R>() {
+        with_rows<1, kFewRows<F>>(p.rows, [&]<int R>() {
           done = few_columns<F, R>(x, stored, step, scales, scales_step, depth, columns < exist ? columns : exist, at,
                                    k > 0, prefetch);
         });

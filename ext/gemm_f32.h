@@ -9,7 +9,7 @@ constexpr int64_t kPanelCols = kTileCols < 32 ? 32 : kTileCols;
 constexpr int64_t kChunk = 192;  // rows of A widened at once, a multiple of kRows: they stay in L2 for all columns
 constexpr int64_t kTick = 8;     // steps of the reduction between two of the prefetch cursor
 // Up to this many rows weights are decoded in registers instead of into panels.
-constexpr int64_t kFewAlong[kFormats] = {8, 8, 5, 5, 6, 8}, kFewAcross[kFormats] = {5, 5, 5, 5, 4, 5};
+constexpr int64_t kFewAlong[kFormats] = {12, 12, 6, 6, 6, 8}, kFewAcross[kFormats] = {6, 6, 6, 6, 4, 6};
 
 // `count` tiles of C, [R, kTileCols] one below the other, (+)= A [count R, depth], rows kDepth apart, x panel
 // [depth][kTileCols]

@@ -45,12 +45,14 @@ struct Piece {
   const uint8_t* codes;
   inline __attribute__((always_inline)) void read(const uint8_t* p) {
     codes = p;
-    if constexpr (kHalves || kWords) words = load(reinterpret_cast<const float*>(p));
+    if constexpr (kWords) words = load(reinterpret_cast<const float*>(p));
   }
   inline __attribute__((always_inline)) V vector(int i) const {
-    if constexpr (kHalves)
-      return i ? high_half(words) : low_half(words);
-    else if constexpr (kWords)
+    if constexpr (kHalves) {
+      const float* p = reinterpret_cast<const float*>(codes);
+      __asm__ volatile("" : "+r"(p));  // loaded for each half: a register that keeps the word would be one too many
+      return i ? high_half(load(p)) : low_half(load(p));
+    } else if constexpr (kWords)
       return int4_codes(words, i);
     else if constexpr (F == Format::kFp32)
       return load(reinterpret_cast<const float*>(codes) + i * kLanes);
