@@ -142,7 +142,9 @@ def kt_kernel(shape: Shape, fmt: str, threads: int, rank: int):
     """kt-kernel's inference classes and, for bf16, its fine-tuning class, as far as it has them for the format."""
     import kt_peers
 
-    if rank:
+    if not kt_peers.class_of(fmt, rank):
+        print(f"kt-kernel's build for this CPU has nothing for {fmt}{' with adapters' if rank else ''}")
+    elif rank:
         yield kt_peers.tuning(shape, threads, rank)
     else:
         yield kt_peers.inference(shape, fmt, threads)

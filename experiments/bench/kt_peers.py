@@ -7,13 +7,21 @@ from contenders import Contender, _bits, _torch_batch, make_adapters
 from kt_kernel import kt_kernel_ext as kt
 
 MAX_TOKENS = 2048
+# Its builds for different CPUs have different classes: the first that is there.
 FORWARD = {
-    "bf16": "AMXBF16_MOE",
-    "fp8_block": "AMXFP8_MOE",
-    "int8_group128": "AMXInt8_MOE",  # W8A8: it quantises bf16 weights and activations itself
-    "int4_group32": "AMXInt4_KGroup_MOE",
+    "bf16": ("AMXBF16_MOE", "AVX2BF16_MOE"),
+    "fp8_block": ("AMXFP8_MOE", "AVX2FP8_MOE"),
+    "int8_group128": ("AMXInt8_MOE",),  # W8A8: it quantises bf16 weights and activations itself
+    "int4_group32": ("AMXInt4_KGroup_MOE", "AVX2RawInt4_MOE"),
 }
+TUNING = ("AMXBF16_SFT_MOE",)
 STORED_BYTES = {"bf16": 2, "fp8_block": 1, "int8_group128": 1, "int4_group32": 0.5}
+
+
+def class_of(fmt, rank):
+    """The name of what multiplies experts of a format here, with adapters of a rank or (0) without; or None."""
+    names = TUNING if rank else FORWARD[fmt]
+    return next((name for name in names if hasattr(kt.moe, name)), None)
 
 
 def _bank(*shape):
@@ -72,7 +80,7 @@ def _forward_class(shape, fmt, threads, gate, up, down):
     if quantise:
         config.quant_config.bits, config.quant_config.group_size = (8, 128) if fmt == "fp8_block" else (4, 32)
         config.quant_config.zero_point = False
-    moe = getattr(kt.moe, FORWARD[fmt])(config)
+    moe = getattr(kt.moe, class_of(fmt, 0))(config)
     try:
         pool.submit(moe.load_weights_task(order.data_ptr()))
     except TypeError:
@@ -110,7 +118,7 @@ def _tuning_class(shape, threads, rank, scale, factors, gate, up, down):
     settings.physical_to_logical_map, settings.pool = order.data_ptr(), pool.backend_
     for name, value in vars(settings).items():
         setattr(config, name, value)
-    moe = kt.moe.AMXBF16_SFT_MOE(config)
+    moe = getattr(kt.moe, class_of("bf16", rank))(config)
     moe.load_weights()
 
     def forward(b, save=False):
@@ -143,7 +151,7 @@ def _weights(shape, threads):
 def inference(shape, fmt, threads):
     projections, weights = _weights(shape, threads)
     calls, keep = _forward_class(shape, fmt, threads, *projections)
-    return Contender(f"kt-kernel {FORWARD[fmt]}", fmt, STORED_BYTES[fmt] * shape.weights, weights, calls, {}, keep)
+    return Contender(f"kt-kernel {class_of(fmt, 0)}", fmt, STORED_BYTES[fmt] * shape.weights, weights, calls, {}, keep)
 
 
 def tuning(shape, threads, rank):
@@ -156,4 +164,4 @@ def tuning(shape, threads, rank):
         for a, b in zip(factors[::2], factors[1::2], strict=True)
     ]
     size = STORED_BYTES["bf16"] * shape.weights
-    return Contender("kt-kernel AMXBF16_SFT_MOE", "bf16", size, weights, calls, {}, keep, f"{rank}", of_expert)
+    return Contender(f"kt-kernel {class_of('bf16', rank)}", "bf16", size, weights, calls, {}, keep, f"{rank}", of_expert)
