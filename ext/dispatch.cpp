@@ -33,16 +33,19 @@ struct Isa {
 
 // Best first; each also runs what the ones below it run.
 const std::vector<Isa>& isas() {
-#if defined(KJAX_EMULATED)  // emulated.h
-  static const std::vector<std::string> avx512 = {"avx2", "fma", "f16c"}, avx512bf16 = avx512;
+  using Needs = std::vector<std::string>;
+  const auto and_more = [](Needs needs, const Needs& more) {
+#if !defined(KJAX_EMULATED)  // emulated.h: what is written for more runs with AVX2
+    needs.insert(needs.end(), more.begin(), more.end());
 #else
-  static const std::vector<std::string> avx512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"};
-  static const std::vector<std::string> avx512bf16 = {"avx2",     "fma",      "f16c",        "avx512f",    "avx512bw",
-                                                      "avx512dq", "avx512vl", "avx512_vbmi", "avx512_bf16"};
+    static_cast<void>(more);
 #endif
-  static const std::vector<std::string> amx = {"avx2",        "fma",      "f16c",     "avx512f",
-                                               "avx512bw",    "avx512dq", "avx512vl", "avx512_vbmi",
-                                               "avx512_bf16", "amx_tile", "amx_bf16", kTilePermission};
+    return needs;
+  };
+  static const Needs avx2 = {"avx2", "fma", "f16c"},
+                     avx512 = and_more(avx2, {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+                     avx512bf16 = and_more(avx512, {"avx512_vbmi", "avx512_bf16"}),
+                     amx = and_more(avx512bf16, {"amx_tile", "amx_bf16", kTilePermission});
   static const std::vector<Isa> all = {
 #if defined(KJAX_AMX)
       {"amx", amx, nullptr, &kAmxGemm, true},
@@ -57,10 +60,10 @@ const std::vector<Isa>& isas() {
 #if defined(KJAX_X86)
       {"amx_soft", avx512, nullptr, &kAmxSoftGemm, true, true},
       {"avx512", avx512, &kAvx512Kernels, nullptr, true},
-      {"avx2", {"avx2", "fma", "f16c"}, &kAvx2Kernels, nullptr, true},
+      {"avx2", avx2, &kAvx2Kernels, nullptr, true},
 #else
       {"avx512", avx512, nullptr, nullptr, false},
-      {"avx2", {"avx2", "fma", "f16c"}, nullptr, nullptr, false},
+      {"avx2", avx2, nullptr, nullptr, false},
 #endif
       {"scalar", {}, &kScalarKernels, nullptr, true},
   };
