@@ -163,5 +163,5 @@ def tuning(shape, threads, rank):
         (a[e].double().numpy(), b[e].double().numpy(), scale)
         for a, b in zip(factors[::2], factors[1::2], strict=True)
     ]
-    size = STORED_BYTES["bf16"] * shape.weights
-    return Contender(f"kt-kernel {class_of('bf16', rank)}", "bf16", size, weights, calls, {}, keep, f"{rank}", of_expert)
+    size, name = STORED_BYTES["bf16"] * shape.weights, class_of("bf16", rank)
+    return Contender(f"kt-kernel {name}", "bf16", size, weights, calls, {}, keep, f"{rank}", of_expert)
