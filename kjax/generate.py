@@ -1,5 +1,7 @@
-"""Text from a model, token by token: prefill in chunks, decode over a cache, greedy or sampled."""
+"""Text from a model, token by token, for one prompt or several: prefill in chunks, decode over a cache, greedy or
+sampled."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -11,8 +13,8 @@ import numpy as np
 from kjax.errors import ConfigError, DataError, RunError
 from kjax.models import Cache, HostTable, Transformer, unembed
 
-# Shapes are rounded up so that few are compiled: a prompt goes in by chunks of a power of two tokens, the last one
-# padded, and the cache has a power of two places, from LONG on a multiple of it.
+# Shapes are rounded up so that few are compiled: prompts go in by chunks of a power of two tokens, padded in front,
+# and the cache has a power of two places, from LONG on a multiple of it.
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 512
 SMALLEST_CACHE, LONG = 128, 4096
 
@@ -21,16 +23,15 @@ def _power_of_two(number: int, least: int) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
-def chunks(length: int) -> list[tuple[int, int]]:
-    """(tokens, padded length) of the pieces in which a prompt is processed."""
-    pieces = [(LARGEST_CHUNK, LARGEST_CHUNK)] * (length // LARGEST_CHUNK)
+def chunks(length: int) -> list[int]:
+    """Lengths of the pieces in which a prompt is processed, together at least its own."""
     rest = length % LARGEST_CHUNK
-    return pieces + ([(rest, _power_of_two(rest, SMALLEST_CHUNK))] if rest else [])
+    return ([_power_of_two(rest, SMALLEST_CHUNK)] if rest else []) + [LARGEST_CHUNK] * (length // LARGEST_CHUNK)
 
 
-def cache_places(prompt: int, new: int) -> int:
-    """Places for the prompt with its padding (a write beyond the end would move) and the tokens to come."""
-    needed = max(sum(padded for _, padded in chunks(prompt)), prompt + new)
+def cache_places(padded: int, new: int) -> int:
+    """Places for the padded prompt and the tokens to come (a write beyond the end would move)."""
+    needed = padded + new
     return _power_of_two(needed, SMALLEST_CACHE) if needed <= LONG else -(-needed // LONG) * LONG
 
 
@@ -50,7 +51,7 @@ def sample(logits, key, temperature, top_p):
 
 
 class Generator:
-    """The compiled step of one model: consumes tokens, gives the next."""
+    """The compiled step of one model: consumes tokens of several rows, gives the next of each."""
 
     def __init__(self, model: Transformer, vocabulary: int, table: HostTable | None = None):
         """vocabulary: ids from there on are never drawn; an embedding table may have more rows than there are.
@@ -59,63 +60,93 @@ class Generator:
         self._inputs = table.rows if table is not None else lambda tokens: tokens
         self._advance = jax.jit(self._step, donate_argnames="cache")
 
-    def _step(self, variables, cache, tokens, count, key, temperature, top_p):
-        """tokens [1,T] (or their rows [1,T,D]), the first `count` of them real -> the cache with those, the next token,
-        logits are finite."""
-        place, start = jnp.arange(tokens.shape[1]), cache.length
-        segments = (place < count).astype(jnp.int32)[None]
-        hidden, cache = self.model.apply(variables, tokens, (start + place)[None], segments, cache=cache)
-        # Padding behind the prompt is overwritten by what comes next.
-        cache = cache.replace(length=start + count)
-        logits = unembed(variables["params"], jax.lax.dynamic_index_in_dim(hidden[0], count - 1, keepdims=False))
-        finite = jnp.isfinite(logits).all()
-        logits = jnp.where(jnp.arange(logits.shape[0]) < self.vocabulary, logits, -jnp.inf)
-        return cache, sample(logits, key, temperature, top_p), finite
+    def _step(self, variables, cache, tokens, padding, alive, keys, number, temperature, top_p):
+        """tokens [B,T] (or their rows [B,T,D]) of rows whose first `padding` [B] places hold none; rows that are not
+        alive [B] have ended -> the cache with these tokens, the next token [B], whether the logits [B] are finite."""
+        place = cache.length + jnp.arange(tokens.shape[1])
+        real = (place >= padding[:, None]) & alive[:, None]
+        positions = jnp.maximum(place - padding[:, None], 0)
+        hidden, cache = self.model.apply(variables, tokens, positions, real.astype(jnp.int32), cache=cache)
+        logits = unembed(variables["params"], hidden[:, -1])
+        finite = jnp.isfinite(logits).all(axis=-1)
+        logits = jnp.where(jnp.arange(logits.shape[1]) < self.vocabulary, logits, -jnp.inf)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+        return cache, jax.vmap(sample, (0, 0, None, None))(logits, keys, temperature, top_p), finite
 
     def tokens(self, variables: dict, prompt: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0,
                top_p: float = 1.0, seed: int = 0, stop: Container[int] = ()) -> Iterator[int]:
-        """The tokens that follow the prompt, until one of `stop` (not given out) or max_new_tokens.
+        """The tokens that follow one prompt, until one of `stop` (not given out) or max_new_tokens; as `batch`.
 
         The model's context ends a reply too, and a warning says so.
+        """
+        count = 0
+        for (token,) in self.batch(variables, [prompt], max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+                                   stop=stop):
+            if token is None:
+                return
+            yield token
+            count += 1
+        if count < max_new_tokens:
+            longest, limit = self.model.config.longest_row
+            warnings.warn(f"the reply was cut after {count} tokens: with its prompt it has reached {limit} = {longest}",
+                          stacklevel=2)
+
+    def batch(self, variables: dict, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 0.0,
+              top_p: float = 1.0, seed: int = 0, stop: Container[int] = (), rows: Sequence[int] | None = None,
+              ) -> Iterator[list[int | None]]:
+        """Continues several prompts at once: for each step the next token of every prompt, None for one that has
+        ended, until all have. A prompt ends before a token of `stop`, after max_new_tokens, with the model's context.
+
+        The experts' weights are read once for all prompts. Prompts of like length go well together: shorter ones are
+        padded in front.
 
         variables: the collections "params" and, with adapters, "lora".
-        temperature 0 takes the most probable token; otherwise equal seeds give equal tokens.
+        temperature 0 takes the most probable token; otherwise equal seeds give equal tokens, drawn for each prompt by
+        its number in `rows` (by default its place).
         """
         _check(max_new_tokens, temperature, top_p, seed)
         config = self.model.config
-        prompt = np.asarray(prompt, np.int64)
-        check_tokens(prompt, config.vocab_size)
-        if not prompt.size:
-            raise DataError("the prompt has no tokens")
         longest, limit = config.longest_row
-        room = longest - prompt.size
-        if room < 1:
-            raise DataError(f"the prompt has {prompt.size} tokens, the model reads {limit} = {longest}; shorten it")
-        new = min(max_new_tokens, room)
+        prompts = [np.asarray(prompt, np.int64) for prompt in prompts]
+        for prompt in prompts:
+            check_tokens(prompt, config.vocab_size)
+            if not prompt.size:
+                raise DataError("the prompt has no tokens")
+            if prompt.size >= longest:
+                raise DataError(f"the prompt has {prompt.size} tokens, the model reads {limit} = {longest}; shorten it")
+        left = np.array([min(max_new_tokens, longest - prompt.size) for prompt in prompts])
 
-        key = jax.random.key(seed)
+        pieces = chunks(max(prompt.size for prompt in prompts))
+        length = sum(pieces)
+        table = np.zeros((len(prompts), length), np.int32)
+        padding = np.array([length - prompt.size for prompt in prompts], np.int32)
+        for row, prompt in enumerate(prompts):
+            table[row, padding[row]:] = prompt
+        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(
+            jax.random.key(seed), np.arange(len(prompts)) if rows is None else np.asarray(rows))
         draw = (np.float32(temperature), np.float32(top_p))
-        cache = Cache.empty(config, 1, cache_places(prompt.size, new), self.model.dtype)
-        done = 0
-        for count, padded in chunks(prompt.size):
-            piece = np.zeros((1, padded), np.int32)
-            piece[0, :count] = prompt[done : done + count]
-            cache, token, finite = self._advance(variables, cache, self._inputs(piece), np.int32(count),
-                                                 jax.random.fold_in(key, 0), *draw)
-            done += count
-        for number in range(1, new + 1):
-            if not finite:
+
+        cache = Cache.empty(config, len(prompts), cache_places(length, int(left.max())), self.model.dtype)
+        alive, done = np.ones(len(prompts), bool), 0
+        for piece in pieces:
+            cache, token, finite = self._advance(variables, cache, self._inputs(table[:, done:done + piece]), padding,
+                                                 alive, row_keys, np.int32(0), *draw)
+            done += piece
+        for number in itertools.count(1):
+            drawn = np.asarray(token)
+            if not (np.asarray(finite) | ~alive).all():
                 raise RunError(f"the logits of token {number} hold NaN or Inf; try dtype='float32', or check the "
                                "adapter and the weights")
-            if int(token) in stop:
+            alive = alive & np.array([int(one) not in stop for one in drawn])
+            if not alive.any():
+                yield [None] * len(prompts)
                 return
-            yield int(token)
-            if number < new:
-                cache, token, finite = self._advance(variables, cache, self._inputs(token.reshape(1, 1)), np.int32(1),
-                                                     jax.random.fold_in(key, number), *draw)
-        if new < max_new_tokens:
-            warnings.warn(f"the reply was cut after {new} tokens: with its prompt it has reached {limit} = {longest}",
-                          stacklevel=2)
+            yield [int(one) if lives else None for one, lives in zip(drawn, alive, strict=True)]
+            alive = alive & (number < left)
+            if not alive.any():
+                return
+            cache, token, finite = self._advance(variables, cache, self._inputs(token[:, None]), padding, alive, row_keys,
+                                                 np.int32(number), *draw)
 
 
 def _check(max_new_tokens, temperature, top_p, seed):

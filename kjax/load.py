@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -165,17 +165,7 @@ class Model:
           thinking: whether the reply may reason first; None: as the chat template has it. ConfigError where the
             template does not ask.
         """
-        if self.tokenizer is None:
-            raise CheckpointError(f"{self.directory}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); "
-                                  "copy the base model's there")
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        prompt, _ = self.tokenizer.render(messages, add_generation_prompt=True, thinking=thinking)
-        if thinking is not None:
-            other, _ = self.tokenizer.render(messages, add_generation_prompt=True, thinking=not thinking)
-            if np.array_equal(prompt, other):
-                raise ConfigError(f"thinking = {thinking}: the chat template {self.tokenizer.template.name} does not "
-                                  "ask whether a reply may reason; leave it out, or give a template that does")
+        prompt = self.prompt(messages, thinking)
         text, pieces = TextStream(self.tokenizer.decode), []
 
         def emit(piece: str):
@@ -189,15 +179,47 @@ class Model:
         emit(text.flush())
         return "".join(pieces)
 
+    def prompt(self, messages: str | Sequence[Mapping[str, str]], thinking: bool | None = None) -> np.ndarray:
+        """Token ids [n] of a conversation up to where a reply begins; arguments as for `generate`."""
+        if self.tokenizer is None:
+            raise CheckpointError(f"{self.directory}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); "
+                                  "copy the base model's there")
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        prompt, _ = self.tokenizer.render(messages, add_generation_prompt=True, thinking=thinking)
+        if thinking is not None:
+            other, _ = self.tokenizer.render(messages, add_generation_prompt=True, thinking=not thinking)
+            if np.array_equal(prompt, other):
+                raise ConfigError(f"thinking = {thinking}: the chat template {self.tokenizer.template.name} does not "
+                                  "ask whether a reply may reason; leave it out, or give a template that does")
+        return prompt
+
     def tokens(self, prompt: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
-               seed: int = 0):
+               seed: int = 0) -> Iterator[int]:
         """The token ids that follow `prompt`, one by one, up to one that ends a reply; arguments as for `generate`."""
-        stop = self.tokenizer.eos_ids if self.tokenizer else ()
+        return self._generate().tokens(self.variables, prompt, max_new_tokens, temperature=temperature, top_p=top_p,
+                                       seed=seed, stop=self._stops())
+
+    def tokens_of_all(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 0.0,
+                      top_p: float = 1.0, seed: int = 0, rows: Sequence[int] | None = None) -> list[list[int]]:
+        """As `tokens`, for prompts that are continued together, which reads the experts' weights once for all of
+        them; rows: numbers by which they draw, so that company does not change what a prompt draws."""
+        found: list[list[int]] = [[] for _ in prompts]
+        for step in self._generate().batch(self.variables, prompts, max_new_tokens, temperature=temperature,
+                                           top_p=top_p, seed=seed, stop=self._stops(), rows=rows):
+            for tokens, token in zip(found, step, strict=True):
+                if token is not None:
+                    tokens.append(token)
+        return found
+
+    def _generate(self) -> Generator:
         if self._generator is None:
             vocabulary = self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
             self._generator = Generator(self.transformer, vocabulary, self.table)
-        return self._generator.tokens(self.variables, prompt, max_new_tokens, temperature=temperature, top_p=top_p,
-                                      seed=seed, stop=stop)
+        return self._generator
+
+    def _stops(self) -> Container[int]:
+        return self.tokenizer.eos_ids if self.tokenizer else ()
 
     def close(self):
         """Unmaps the routed experts; calls after that fail."""

@@ -9,7 +9,7 @@ from weights_cases import BYTE_VOCABULARY, V2, V3, random_params, write, write_t
 
 import kjax.generate
 from kjax.errors import ConfigError, DataError, RunError
-from kjax.generate import Generator, TextStream, cache_places, chunks, sample
+from kjax.generate import LONG, Generator, TextStream, cache_places, chunks, sample
 from kjax.load import load
 from kjax.models import ModelConfig, Transformer, unembed
 
@@ -42,7 +42,7 @@ def v2():
 @pytest.mark.parametrize("family", ["v3", "v2"])
 @pytest.mark.parametrize("length", [1, 37])
 def test_greedy_is_the_argmax_of_a_whole_forward(request, family, length):
-    """37 tokens are three chunks of 16, the last padded; decoding then writes over the padding."""
+    """37 tokens are three chunks of 16, the first padded."""
     run, variables = request.getfixturevalue(family)
     prompt = list(np.random.default_rng(length).integers(0, 96, length))
     tokens = list(run.tokens(variables, prompt, 8))
@@ -68,13 +68,11 @@ def test_greedy_equals_transformers(request, family):
 
 def test_a_cache_has_room_for_every_write():
     for prompt in [*range(1, 80), 511, 512, 513, 1000, 4095, 4096, 4097, 9999]:
-        pieces = chunks(prompt)
-        assert sum(count for count, _ in pieces) == prompt
-        assert all(0 < count <= padded <= kjax.generate.LARGEST_CHUNK for count, padded in pieces)
+        padded = sum(chunks(prompt))
+        assert prompt <= padded <= max(2 * prompt, kjax.generate.SMALLEST_CHUNK)
+        assert max(chunks(prompt)) <= kjax.generate.LARGEST_CHUNK
         for new in (1, 7, 300, 5000):
-            places = cache_places(prompt, new)
-            assert places >= max(prompt + new, sum(padded for _, padded in pieces))
-            assert places <= max(2 * (prompt + new), prompt + new + kjax.generate.LONG)
+            assert padded + new <= cache_places(padded, new) <= max(2 * (padded + new), padded + new + LONG)
 
 
 def test_lengths_share_compiled_steps(v3):
@@ -150,6 +148,54 @@ def test_nan_logits_stop_with_the_token_number(v3):
     params["norm"]["weight"] = params["norm"]["weight"] * np.float32(np.nan)
     with pytest.raises(RunError, match="logits of token 1 hold NaN or Inf"):
         next(run.tokens({"params": params}, [1, 2], 3))
+
+
+def together(run, variables, prompts, new, **options):
+    """Each prompt's tokens when all are continued at once."""
+    steps = list(run.batch(variables, prompts, new, **options))
+    return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]
+
+
+@pytest.mark.parametrize("family", ["v3", "v2"])
+def test_prompts_in_company_continue_as_alone(request, family):
+    """Of three lengths, one of which needs a chunk more; one ends before the others, by a token or by the context."""
+    run, variables = request.getfixturevalue(family)
+    random = np.random.default_rng(9)
+    prompts = [list(random.integers(0, 96, length)) for length in (3, 21, 9)]
+    alone = [list(run.tokens(variables, prompt, 12)) for prompt in prompts]
+    assert together(run, variables, prompts, 12) == alone
+    stop = alone[1][4]
+    ended = [list(run.tokens(variables, prompt, 12, stop={stop})) for prompt in prompts]
+    assert len(ended[1]) < max(map(len, ended))
+    assert together(run, variables, prompts, 12, stop={stop}) == ended
+    full = [1] * 45
+    with pytest.warns(UserWarning, match="cut after 5 tokens"):
+        cut = list(run.tokens(variables, full, 12))
+    assert together(run, variables, [prompts[0], full], 12) == [alone[0], cut]
+    assert together(run, variables, prompts, 12, stop=set(range(96))) == [[], [], []]
+
+
+def test_prompts_draw_by_their_number(v3):
+    run, variables = v3
+    prompts = [[1, 2, 3], [1, 2, 3], [4, 5]]
+    first, second, third = together(run, variables, prompts, 12, temperature=1.0, rows=[7, 8, 9])
+    assert first != second
+    assert together(run, variables, [[4, 5], [1, 2, 3]], 12, temperature=1.0, rows=[9, 7]) == [third, first]
+    assert together(run, variables, prompts[:1], 12, temperature=1.0) == [list(run.tokens(variables, [1, 2, 3], 12,
+                                                                                          temperature=1.0))]
+
+
+def test_a_wrong_prompt_or_nan_in_company(v3):
+    run, variables = v3
+    with pytest.raises(DataError, match="the prompt has 50 tokens"):
+        next(run.batch(variables, [[1], [1] * 50], 1))
+    with pytest.raises(DataError, match="token id 96"):
+        next(run.batch(variables, [[1], [96]], 1))
+    params = random_params(V3)
+    params["embed_tokens"]["weight"][7] = np.nan
+    assert len(next(run.batch({"params": params}, [[1], [2]], 1))) == 2
+    with pytest.raises(RunError, match="logits of token 1 hold NaN or Inf"):
+        next(run.batch({"params": params}, [[1], [7]], 1))
 
 
 @pytest.mark.parametrize(("options", "message"), [
