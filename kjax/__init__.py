@@ -8,7 +8,8 @@ from kjax import startup
 
 startup.prepare()
 
-_HOMES = {"Model": "kjax.load", "compare": "kjax.compare", "load": "kjax.load", "train": "kjax.train"}
+_HOMES = {"Model": "kjax.load", "compare": "kjax.compare", "evaluate": "kjax.evaluate", "load": "kjax.load",
+          "predict": "kjax.predict", "train": "kjax.train"}
 
 __all__ = list(_HOMES)
 

@@ -2,26 +2,9 @@
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TextIO
 
-from kjax import gin_config
-from kjax.config import Config
-from kjax.errors import RunError
-
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops a reply"
-
-
-def run_settings(directory: str | Path) -> tuple[Config, Path]:
-    """The settings of a training run and its newest adapter."""
-    directory = Path(directory)
-    for name in ("operative_config.gin", "config.gin"):
-        if (directory / name).is_file():
-            adapter = directory / "adapter"
-            if not adapter.is_dir():
-                raise RunError(f"{directory}: the run has not saved an adapter yet")
-            return gin_config.load(directory / name), adapter
-    raise RunError(f"{directory}: not a run directory (no operative_config.gin); give --model and --adapter instead")
 
 
 def reply(generate: Callable, messages: list[dict], out: TextIO) -> str:

@@ -1,20 +1,16 @@
 """The command `kjax`: each verb a few lines over the library, which is imported when its verb runs."""
 
-import argparse
 import json
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
+from kjax import arguments
 from kjax.errors import KjaxError
 
 EXIT_WRONG = 2  # settings, files or a plan that does not fit: something the user can mend
 EXIT_SIGINT = 130  # 128 + SIGINT, as shells count
-
-GIN_HELP = "--gin.NAME=VALUE (repeatable) binds a setting (Lora.rank) or a macro (RANK) after the files"
-
-AGAIN = "after an interruption the same command goes on from DIR.partial"
 
 
 def gin_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -26,7 +22,7 @@ def gin_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code. KJAX_DEBUG=1 shows the traceback of an error."""
     argv, bindings = gin_bindings(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
+    parser = arguments.parser()
     args = parser.parse_args(argv)
     if bindings and not hasattr(args, "gin_file"):
         parser.error(f"--gin.{bindings[0]}: {args.command} takes no gin settings")
@@ -36,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not debug:
             warnings.showwarning = _show_warning
         try:
-            code = args.run(args)
+            code = VERBS[args.verb](args)
             sys.stdout.flush()
             return code
         except KjaxError as error:
@@ -56,126 +52,24 @@ def _show_warning(message, category, filename, lineno, file=None, line=None):
     print(f"kjax: warning: {message}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kjax", description="LoRA fine-tuning of very large mixture-of-experts "
-                                     "models on one workstation.", allow_abbrev=False)
-    verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
-
-    train = _verb(verbs, "train", _train, "fine-tune a model", gin=True)
-    after = train.add_mutually_exclusive_group()
-    after.add_argument("--resume", nargs="?", const=True, default=False, choices=("changed",),
-                       help="go on from the last checkpoint of Train.run_dir; `--resume changed` does so although "
-                       "data, base or a binding setting differ")
-    after.add_argument("--overwrite", action="store_true", help="replace the run in Train.run_dir")
-
-    chat = _verb(verbs, "chat", _chat, "talk to a model, with or without an adapter")
-    which = chat.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="DIR", help="a checkpoint directory")
-    which.add_argument("--run", metavar="DIR", dest="run_dir", help="a run: its base with its newest adapter")
-    chat.add_argument("--adapter", metavar="DIR", help="a PEFT adapter for --model")
-    chat.add_argument("--message", metavar="TEXT", help="print one reply and end")
-    chat.add_argument("--system", metavar="TEXT", help="the system message")
-    chat.add_argument("--max_new_tokens", type=_positive, default=512, metavar="N")
-    chat.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token (default)")
-    chat.add_argument("--top_p", type=float, default=1.0, metavar="X")
-    chat.add_argument("--thinking", action=argparse.BooleanOptionalAction, help="whether replies may reason first; "
-                      "default: as the chat template has it")
-    chat.add_argument("--seed", type=int, default=0, metavar="N")
-    chat.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the run's, else bfloat16")
-    chat.add_argument("--experts", choices=("host", "device"), help="default: the run's, else host")
-    chat.add_argument("--weights", choices=("full", "8bit", "nf4", "int4"), help="default: the run's, else full")
-
-    data = verbs.add_parser("data", help="look at a dataset").add_subparsers(dest="what", metavar="VERB", required=True)
-    show = _verb(data, "show", _data_show, "print rendered rows with the trained tokens coloured", gin=True)
-    show.add_argument("--model", metavar="DIR", help="sets Model.directory: whose tokenizer and template")
-    show.add_argument("--dataset", metavar="FILE", help="sets Data.dataset")
-    show.add_argument("--rows", type=_positive, default=3, metavar="N")
-
-    config = verbs.add_parser("config", help="look at settings").add_subparsers(
-        dest="what", metavar="VERB", required=True)
-    _verb(config, "show", _config_show, "print every setting and where it comes from", gin=True)
-
-    plan = _verb(verbs, "plan", _plan, "memory, work and time of a run, from config.json alone", gin=True)
-    plan.add_argument("--model", metavar="PATH", help="sets Model.directory: a checkpoint directory or a config.json")
-    plan.add_argument("--machine", metavar="NAME", help="a named machine, a JSON file, or `here`, whose speeds are "
-                      "measured; without it: the free memory of this machine and no times")
-    for name, metavar, text in (
-            ("host_gb", "GB", "plan for this much main memory"), ("device_gb", "GB", "plan for a GPU with this much "
-             "memory; 0: for none"), ("host_tflops", "X", "what the experts' kernels reach on all cores"),
-            ("host_gbs", "GB/s", "what all cores read from memory"), ("device_tflops", "X", "what matrix products "
-             "outside the experts reach"), ("device_gbs", "GB/s", "of the device's memory"),
-            ("pcie_gbs", "GB/s", "between main memory and device")):
-        plan.add_argument(f"--{name}", type=_not_negative, metavar=metavar, help=text)
-    plan.add_argument("--json", action="store_true", help="print JSON")
-
-    export = _verb(verbs, "export", _export, "write an adapter as PEFT files for other programs",
-                   example="kjax export --run runs/first --out adapter --dtype bfloat16")
-    _adapted(export)
-    export.add_argument("--out", metavar="DIR", required=True, help="a new directory")
-    export.add_argument("--layout", choices=("experts", "fused"), default="experts", help="of routed experts: "
-                        "tensors for each expert (default), or fused as peft does with transformers 5")
-    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    export.add_argument("--base_name", metavar="NAME", help="what to record as the base, for instance its hub name")
-
-    merge = _verb(verbs, "merge", _merge, "write a checkpoint with an adapter merged into it, in the base's format",
-                  example="kjax merge --run runs/first --out DeepSeek-V3-mine")
-    _adapted(merge)
-    merge.add_argument("--out", metavar="DIR", required=True, help=f"a new directory; {AGAIN}")
-    merge.add_argument("--rounding", choices=("stochastic", "nearest"), default="stochastic", help="of quantised "
-                       "weights: right on average (default), or to nearest, which loses changes below half a step")
-
-    quantize = _verb(verbs, "quantize", _quantize, "write a checkpoint whose routed experts have 8 or 4 bits",
-                     example="kjax quantize --model DeepSeek-V3 --format int4 --out DeepSeek-V3-int4")
-    quantize.add_argument("--model", metavar="DIR", required=True, help="a checkpoint in bf16 or FP8; never changed")
-    quantize.add_argument("--format", required=True, choices=("int8", "int4"),
-                          help="int8: groups of 128; int4: groups of 32, the layout of Kimi-K2-Thinking")
-    quantize.add_argument("--out", metavar="DIR", required=True, help=f"a new directory; {AGAIN}")
-
-    env = _verb(verbs, "env", _env, "this machine and installation: versions, kernels, memory, GPU")
-    env.add_argument("--json", action="store_true", help="print JSON")
-    return parser
+def _sampling(args) -> dict:
+    return {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "thinking")}
 
 
-def _verb(verbs, name: str, run, text: str, gin: bool = False, example: str = "") -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
-                              epilog=GIN_HELP if gin else f"example: {example}" if example else None,
-                              allow_abbrev=False)
-    parser.set_defaults(run=run)
-    if gin:
-        parser.add_argument("--gin_file", action="append", default=[], metavar="FILE",
-                            help="a gin file, or the name of a packaged one (repeatable, later ones win)")
-    return parser
-
-
-def _adapted(parser: argparse.ArgumentParser):
-    """Which model with which adapter: a run's, or any."""
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--run", metavar="DIR", dest="run_dir", help="a run: its base and its newest adapter")
-    which.add_argument("--model", metavar="DIR", help="a checkpoint directory, with --adapter")
-    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter, kjax's or another's; with --run one of its "
-                        "checkpoints/STEP/adapter instead of the newest")
+def _judged_settings(args):
+    from kjax import judged
+    of, directory = (judged.of_run, args.run_dir) if args.run_dir else (judged.of_model, args.model)
+    return of(directory, args.gin_file, args.bindings, args.base, args.adapter, args.dataset)
 
 
 def _model_and_adapter(args) -> tuple[str, str | os.PathLike]:
     if args.run_dir:
-        from kjax import chat
-        config, adapter = chat.run_settings(args.run_dir)
+        from kjax import run
+        config, adapter = run.settings(args.run_dir)
         return config.model.directory, args.adapter or adapter
     if not args.adapter:
         raise KjaxError("--model needs --adapter DIR, the adapter to put on it; a run has its own (--run)")
     return args.model, args.adapter
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be positive")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    if not (value := float(text)) >= 0:
-        raise argparse.ArgumentTypeError("must not be negative")
-    return value
 
 
 def _train(args) -> int:
@@ -188,13 +82,13 @@ def _train(args) -> int:
 
 
 def _chat(args) -> int:
-    from kjax import chat
+    from kjax import chat, run
     directory, adapter = args.model, args.adapter
     dtype, experts, weights = args.dtype or "bfloat16", args.experts or "host", args.weights or "full"
     if args.run_dir:
         if adapter:
             raise KjaxError("--adapter goes with --model: --run has its own")
-        config, adapter = chat.run_settings(args.run_dir)
+        config, adapter = run.settings(args.run_dir)
         directory = config.model.directory
         dtype, experts = args.dtype or config.model.dtype, args.experts or config.model.experts
         weights = args.weights or config.model.weights
@@ -202,8 +96,7 @@ def _chat(args) -> int:
     model = load(directory, adapter=adapter, dtype=dtype, experts=experts, weights=weights)
 
     def generate(messages, stream):
-        return model.generate(messages, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                              top_p=args.top_p, seed=args.seed, stream=stream, thinking=args.thinking)
+        return model.generate(messages, stream=stream, **_sampling(args))
 
     messages = [{"role": "system", "content": args.system}] if args.system else []
     try:
@@ -214,6 +107,41 @@ def _chat(args) -> int:
     finally:
         model.close()
     return 0
+
+
+def _eval(args) -> int:
+    config = _judged_settings(args)
+    from rich import print as show
+
+    from kjax.evaluate import evaluate
+    found = evaluate(config, console=_progress_console())
+    if args.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        show(found)
+    return 0
+
+
+def _predict(args) -> int:
+    config = _judged_settings(args)
+    from rich import print as show
+
+    from kjax.predict import predict
+    try:
+        found = predict(config, args.out, batch=args.batch, score=args.score, overwrite=args.overwrite,
+                        console=_progress_console(), **_sampling(args))
+    except KeyboardInterrupt:
+        print(f"replies so far are in {args.out}; the same command goes on from there", file=sys.stderr)
+        raise
+    show(found)
+    print(found.directory)
+    return 0
+
+
+def _progress_console():
+    """Progress goes to standard error: what a verb prints may be read by a program."""
+    from rich.console import Console
+    return Console(stderr=True)
 
 
 def _data_show(args) -> int:
@@ -274,3 +202,8 @@ def _env(args) -> int:
     facts = env.report()
     print(json.dumps(facts, indent=2) if args.json else env.text(facts))
     return 0
+
+
+VERBS = {"train": _train, "eval": _eval, "predict": _predict, "chat": _chat, "data show": _data_show,
+         "config show": _config_show, "plan": _plan, "export": _export, "merge": _merge, "quantize": _quantize,
+         "env": _env}

@@ -195,24 +195,23 @@ class Fit:
 
     def _evaluate(self) -> None:
         """The loss over every evaluation example; given up when a signal asks to stop."""
-        total = count = 0.0
+        score = step.Score(0.0, 0.0, 0.0)
         for number, batch in enumerate(self.evaluation, start=1):
             batch = self._inputs(batch)
             self._begin(f"evaluating {number}/{len(self.evaluation)}")
             self.eval_step.prepare(self.state.lora, self.params, batch)
             if self._stopping():
                 return
-            part = self.eval_step(self.state.lora, self.params, batch)
-            total, count = total + float(part[0]), count + float(part[1])
-        loss = total / max(count, 1.0)
+            score += self.eval_step(self.state.lora, self.params, batch)
+        loss = score.mean_loss
         if not math.isfinite(loss):
             cause = LESS_LIKELY if self.done else "It is the base, or Model.adapter"
             raise RunError(f"the evaluation after step {self.done} made a loss of {loss}: the run stops. "
                            f"{self._last_saved()}. {cause}")
         self.doing = ""
-        self.log.evaluation(self.done, loss=loss, epoch=self.done / len(self.job.batches),
+        self.log.evaluation(self.done, loss=loss, accuracy=score.accuracy, epoch=self.done / len(self.job.batches),
                             elapsed=time.monotonic() - self.started)
-        self.progress.say(f"evaluation loss after {self.done} steps: {loss:.4f}")
+        self.progress.say(f"evaluation loss after {self.done} steps: {loss:.4f}, {score.accuracy:.1%} of tokens right")
 
     def _inputs(self, batch: dict) -> dict:
         return batch if self.table is None else self.table.batch(batch)

@@ -104,7 +104,7 @@ class Generator:
         temperature 0 takes the most probable token; otherwise equal seeds give equal tokens, drawn for each prompt by
         its number in `rows` (by default its place).
         """
-        _check(max_new_tokens, temperature, top_p, seed)
+        check_sampling(max_new_tokens, temperature, top_p, seed)
         config = self.model.config
         longest, limit = config.longest_row
         prompts = [np.asarray(prompt, np.int64) for prompt in prompts]
@@ -145,11 +145,12 @@ class Generator:
             alive = alive & (number < left)
             if not alive.any():
                 return
-            cache, token, finite = self._advance(variables, cache, self._inputs(token[:, None]), padding, alive, row_keys,
-                                                 np.int32(number), *draw)
+            cache, token, finite = self._advance(variables, cache, self._inputs(token[:, None]), padding, alive,
+                                                 row_keys, np.int32(number), *draw)
 
 
-def _check(max_new_tokens, temperature, top_p, seed):
+def check_sampling(max_new_tokens, temperature, top_p, seed):
+    """Refuses settings of a reply that have no meaning."""
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens = {max_new_tokens!r}: expected a whole number, at least 1")
     if not 0 <= temperature < math.inf:

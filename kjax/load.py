@@ -165,7 +165,12 @@ class Model:
           thinking: whether the reply may reason first; None: as the chat template has it. ConfigError where the
             template does not ask.
         """
-        prompt = self.prompt(messages, thinking)
+        if self.tokenizer is None:
+            raise CheckpointError(f"{self.directory}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); "
+                                  "copy the base model's there")
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        (prompt,) = self.tokenizer.prompts([messages], ["the messages"], thinking)
         text, pieces = TextStream(self.tokenizer.decode), []
 
         def emit(piece: str):
@@ -178,21 +183,6 @@ class Model:
             emit(text.push(token))
         emit(text.flush())
         return "".join(pieces)
-
-    def prompt(self, messages: str | Sequence[Mapping[str, str]], thinking: bool | None = None) -> np.ndarray:
-        """Token ids [n] of a conversation up to where a reply begins; arguments as for `generate`."""
-        if self.tokenizer is None:
-            raise CheckpointError(f"{self.directory}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); "
-                                  "copy the base model's there")
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        prompt, _ = self.tokenizer.render(messages, add_generation_prompt=True, thinking=thinking)
-        if thinking is not None:
-            other, _ = self.tokenizer.render(messages, add_generation_prompt=True, thinking=not thinking)
-            if np.array_equal(prompt, other):
-                raise ConfigError(f"thinking = {thinking}: the chat template {self.tokenizer.template.name} does not "
-                                  "ask whether a reply may reason; leave it out, or give a template that does")
-        return prompt
 
     def tokens(self, prompt: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
                seed: int = 0) -> Iterator[int]:

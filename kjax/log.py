@@ -129,12 +129,13 @@ class RunLog:
         })  # fmt: skip
         return entry
 
-    def evaluation(self, step: int, *, loss: float, epoch: float, elapsed: float) -> dict:
-        """Record the evaluation loss after `step` training steps."""
+    def evaluation(self, step: int, *, loss: float, accuracy: float, epoch: float, elapsed: float) -> dict:
+        """Record the evaluation loss, and the share of tokens predicted right, after `step` training steps."""
         self._clock(elapsed)
-        entry = {**self._position(step), "eval_loss": loss, "epoch": round(epoch, 4), **self._progress(step, elapsed)}
+        entry = {**self._position(step), "eval_loss": loss, "eval_accuracy": round(accuracy, 6),
+                 "epoch": round(epoch, 4), **self._progress(step, elapsed)}
         self._write(entry)
-        self._scalars(step, {"eval/loss": loss})
+        self._scalars(step, {"eval/loss": loss, "eval/accuracy": accuracy})
         return entry
 
     def refresh_plots(self) -> None:

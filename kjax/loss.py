@@ -19,15 +19,41 @@ def cross_entropy(unembed: Callable, head, hidden, targets, chunk: int):
     Returns (sum, count), both fp32 scalars. Chunks without a target are skipped: tokens are sorted first, so that
     prompts and padding cost no logits at all.
     """
+    hidden, arranged = _arranged(hidden, targets, chunk)
+    return _summed(unembed, head, hidden, arranged), _count(targets)
+
+
+def scores(unembed: Callable, head, hidden, targets, chunk: int):
+    """As cross_entropy, not to be differentiated: (sum, count, how many targets have the largest logit)."""
+    hidden, arranged = _arranged(hidden, targets, chunk)
+
+    def score(rows, row_targets):
+        logits = unembed(head, rows)
+        right = (jnp.argmax(logits, axis=-1) == row_targets) & (row_targets >= 0)
+        return _sum(jax.nn.logsumexp(logits, axis=-1), logits, row_targets), jnp.sum(right).astype(jnp.float32)
+
+    def body(totals, inputs):
+        part = jax.lax.cond(inputs[1][0] >= 0, lambda: score(*inputs), lambda: (jnp.zeros(()), jnp.zeros(())))
+        return jax.tree.map(jnp.add, totals, part), None
+
+    (total, right), _ = jax.lax.scan(body, (jnp.zeros(()), jnp.zeros(())), (hidden, arranged))
+    return total, _count(targets), right
+
+
+def _count(targets):
+    return jnp.sum(targets >= 0).astype(jnp.float32)
+
+
+def _arranged(hidden, targets, chunk: int):
+    """Tokens in chunks, those with a target first, in their order: hidden [chunks,n,D], targets [chunks,n]."""
     width = hidden.shape[-1]
     hidden, targets = hidden.reshape(-1, width), targets.reshape(-1)
-    order = jnp.argsort(targets < 0)  # stable: trained tokens first, in their order
+    order = jnp.argsort(targets < 0)  # stable
     tokens = targets.shape[0]
     chunk = min(chunk, tokens)
     order = jnp.pad(order, (0, -tokens % chunk))
     targets = jnp.where(jnp.arange(order.shape[0]) < tokens, targets[order], IGNORE).reshape(-1, chunk)
-    total = _summed(unembed, head, hidden[order].reshape(-1, chunk, width), targets)
-    return total, jnp.sum(targets >= 0).astype(jnp.float32)
+    return hidden[order].reshape(-1, chunk, width), targets
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

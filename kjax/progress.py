@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     TextColumn,
@@ -50,6 +51,33 @@ def bytes_bar(title: str, total: int, show: bool = True) -> Iterator[Callable[[i
                   disable=not (show and console.is_terminal and total >= BYTES_FROM)) as bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.update(task, advance=done)
+
+
+LINE_SECONDS = 10.0  # between two lines where there is no terminal for a bar
+
+
+@contextlib.contextmanager
+def counted(console: Console, title: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Progress of a known number of things: a bar on a terminal, a line now and then elsewhere. Yields what is told of
+    each number that has been done; `done` of them were before."""
+    if console.is_terminal and not console.is_jupyter:
+        with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+                      TimeRemainingColumn(), console=console, transient=True) as bar:
+            task = bar.add_task(title, total=total, completed=done)
+            yield lambda number: bar.update(task, advance=number)
+        return
+    first, started, told = done, time.monotonic(), time.monotonic()
+
+    def advance(number: int) -> None:
+        nonlocal done, told
+        done += number
+        now = time.monotonic()
+        if done < total and now - told >= LINE_SECONDS:
+            left = (now - started) / (done - first) * (total - done)
+            console.print(f"{title} {done:,}/{total:,} {unit}, remaining {log.clock(left)}", soft_wrap=True)
+            told = now
+
+    yield advance
 
 
 class _Remaining(ProgressColumn):

@@ -3,13 +3,27 @@
 import base64
 import html
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from kjax import log
+from kjax import config, gin_config, log
 from kjax.checkpoint import ADAPTER
 from kjax.errors import RunError
+
+
+def settings(directory: str | Path, files: Sequence[str | Path] = (), bindings: Sequence[str] = (),
+             ) -> tuple[config.Config, Path]:
+    """The settings of a training run, with gin files and bindings on top, and its newest adapter."""
+    directory = Path(directory)
+    for name in ("operative_config.gin", "config.gin"):
+        if (directory / name).is_file():
+            adapter = directory / ADAPTER
+            if not adapter.is_dir():
+                raise RunError(f"{directory}: the run has not saved an adapter yet")
+            return gin_config.load([directory / name, *files], bindings), adapter
+    raise RunError(f"{directory}: not a run directory (no operative_config.gin); give --model and --adapter instead")
 
 
 @dataclass(frozen=True)

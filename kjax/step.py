@@ -48,10 +48,14 @@ def batch_loss(model, unembed: Callable, chunk: int, lora: dict, params: dict, b
 
     unembed: (models.head(params), hidden [n,D]) -> logits [n,V] fp32. Dropout is on where there is a key.
     """
-    rngs = None if dropout_key is None else {"dropout": dropout_key}
-    hidden = model.apply({"params": params, "lora": lora}, batch["tokens"], batch["positions"], batch["segments"],
-                         deterministic=dropout_key is None, rngs=rngs)
+    hidden = _hidden(model, lora, params, batch, dropout_key)
     return losses.cross_entropy(unembed, models.head(params), hidden, batch["targets"], chunk)
+
+
+def _hidden(model, lora: dict, params: dict, batch: Mapping, dropout_key=None):
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    return model.apply({"params": params, "lora": lora}, batch["tokens"], batch["positions"], batch["segments"],
+                       deterministic=dropout_key is None, rngs=rngs)
 
 
 def gradients(model, unembed: Callable, *, chunk: int, seed: int, dropout: bool) -> Callable:
@@ -105,10 +109,31 @@ def compiler_options() -> dict[str, str]:
     return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if jax.default_backend() == "cpu" else {}
 
 
+class Score(NamedTuple):
+    """What evaluation batches add up to: over target tokens, the summed cross-entropy, their number, and how many of
+    them are the most probable token."""
+
+    loss: float
+    targets: float
+    right: float
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(*(a + float(b) for a, b in zip(self, other, strict=True)))
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / max(self.targets, 1.0)
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / max(self.targets, 1.0)
+
+
 def eval_step(model, unembed: Callable, *, chunk: int) -> Callable:
-    """Returns step(lora, params, batch) -> (summed cross-entropy, target tokens), without dropout or stash."""
+    """Returns step(lora, params, batch) -> Score of scalars, without dropout or stash."""
 
     def step(lora: dict, params: dict, batch: Mapping):
-        return batch_loss(model, unembed, chunk, lora, params, batch)
+        hidden = _hidden(model, lora, params, batch)
+        return Score(*losses.scores(unembed, models.head(params), hidden, batch["targets"], chunk))
 
     return step

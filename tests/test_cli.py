@@ -74,7 +74,7 @@ def test_chat_refuses(job, tmp_path, capsys):
     assert "gone" in capsys.readouterr().err
     (tmp_path / "config.gin").write_text(gin_config.text(tiny.settings(job)))
     with pytest.raises(RunError, match="has not saved an adapter yet"):
-        chat.run_settings(tmp_path)
+        run.settings(tmp_path)
 
 
 def test_conversation():

@@ -33,7 +33,7 @@ def made(directory: Path, losses, evaluations=(), speed: float = 100.0, total: i
             written.step(step, loss=losses[step - 1], rate=1e-3, grad_norm=1.0, epoch=0.5, elapsed=2.0 * step,
                          times=log.StepTimes(seconds, seconds / 2, 50, 64))
         if step in evaluations:
-            written.evaluation(step, loss=evaluations[step], epoch=0.5, elapsed=2.0 * step)
+            written.evaluation(step, loss=evaluations[step], accuracy=0.25, epoch=0.5, elapsed=2.0 * step)
     written.close()
     (directory / "adapter").mkdir()
     safetensors.numpy.save_file({"a": np.zeros((2, 8), np.float32), "b": np.zeros((5, 2), np.float32)},

@@ -22,10 +22,11 @@ def record(run_log, steps, start=1):
 def test_entries_have_the_keys_and_figures(tmp_path):
     run_log = log.RunLog(tmp_path, 8, tensorboard=False, plots=False)
     record(run_log, 2)
-    run_log.evaluation(2, loss=1.25, epoch=0.5, elapsed=5.0)
+    run_log.evaluation(2, loss=1.25, accuracy=0.25, epoch=0.5, elapsed=5.0)
     first, second, evaluation = map(json.loads, (tmp_path / log.LOG).read_text().splitlines())
     assert first.keys() >= KEYS
-    assert evaluation["eval_loss"] == 1.25 and "loss" not in evaluation and evaluation.keys() >= KEYS - {"loss", "lr"}
+    assert evaluation["eval_loss"] == 1.25 and evaluation["eval_accuracy"] == 0.25
+    assert "loss" not in evaluation and evaluation.keys() >= KEYS - {"loss", "lr"}
     assert second["total_tokens"] == 600 and second["percentage"] == 25.0
     # 4 s for 2 steps: 6 steps take 12 s more; 600 tokens in 4 s.
     assert second["elapsed_time"] == "0:00:04" and second["remaining_time"] == "0:00:12"
@@ -60,7 +61,7 @@ def test_tensorboard_holds_the_scalars(tmp_path):
     run_log = log.RunLog(tmp_path, 4, plots=False)
     run_log.text("config", "Lora.rank = 8")
     record(run_log, 3)
-    run_log.evaluation(3, loss=0.5, epoch=1.0, elapsed=1.0)
+    run_log.evaluation(3, loss=0.5, accuracy=0.25, epoch=1.0, elapsed=1.0)
     run_log.close()
     (events,) = (tmp_path / "tb").iterdir()
     content = events.read_bytes()
@@ -76,7 +77,7 @@ def test_plots_are_png_files_and_hold_both_curves(tmp_path):
     assert (tmp_path / log.TRAIN_PLOT).read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / log.EVAL_PLOT).exists()
     before = (tmp_path / log.TRAIN_PLOT).read_bytes()
-    run_log.evaluation(4, loss=0.5, epoch=1.0, elapsed=1.0)
+    run_log.evaluation(4, loss=0.5, accuracy=0.25, epoch=1.0, elapsed=1.0)
     record(run_log, 3, start=5)
     run_log.refresh_plots()
     run_log.close()

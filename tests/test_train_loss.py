@@ -47,6 +47,18 @@ def test_cross_entropy_equals_the_plain_one(problem, chunk):
     assert not grads[np.asarray(targets) < 0].any(), "an untrained position has no gradient"
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 33, 1000])
+def test_scores_add_how_many_are_right(problem, chunk):
+    hidden, weight, targets = problem
+    best = jnp.argmax(jnp.einsum("btd,vd->btv", hidden, weight), axis=-1)
+    half = jnp.where((targets >= 0) & (jnp.arange(T) % 2 == 0), best, targets)  # some wrong, some none
+    total, count, right = jax.jit(lambda h: loss.scores(unembed, weight, h, half, chunk))(hidden)
+    same = jax.jit(lambda h: loss.cross_entropy(unembed, weight, h, half, chunk))(hidden)
+    assert (total, count) == same, "the loss of a training step without its gradient, to the bit"
+    assert right == (half == best).sum() and 0 < right < count
+    assert loss.scores(unembed, weight, hidden, jnp.full((B, T), IGNORE), 8) == (0, 0, 0)
+
+
 def test_cross_entropy_without_targets_is_zero(problem):
     hidden, weight, _ = problem
     total, count = loss.cross_entropy(unembed, weight, hidden, jnp.full((B, T), IGNORE), 8)

@@ -47,7 +47,7 @@ def evaluation(failing, at: int):
 
 @pytest.mark.parametrize("at, said", [(0, "It is the base, or Model.adapter"), (1, "A lower Optimizer.learning_rate")])
 def test_what_gives_no_number_is_not_saved(workshop, monkeypatch, at, said):
-    monkeypatch.setattr(Fit, "_define_steps", evaluation(lambda: (float("nan"), 1.0), at))
+    monkeypatch.setattr(Fit, "_define_steps", evaluation(lambda: (float("nan"), 1.0, 0.0), at))
     with pytest.raises(RunError, match=f"after step {at} made a loss of nan.*Nothing has been saved yet. {said}"):
         train(tiny.settings(workshop, f"no number {at}", train__eval_steps=1), console=tiny.quiet())
     assert tiny.saved_steps(workshop / f"no number {at}") == []
@@ -67,7 +67,7 @@ def test_a_run_is_saved_before_its_last_evaluation(workshop, monkeypatch):
         with pytest.raises(RunError, match="evaluating 1/.* failed.*The state of step 2 is in .*checkpoints/2"):
             train(config, console=tiny.quiet())
     with monkeypatch.context() as patch:
-        patch.setattr(Fit, "_define_steps", evaluation(lambda: (float("nan"), 1.0), 2))
+        patch.setattr(Fit, "_define_steps", evaluation(lambda: (float("nan"), 1.0, 0.0), 2))
         with pytest.raises(RunError, match="evaluation after step 2 made a loss of nan.*The state of step 2 is in"):
             train(config, resume=True, console=tiny.quiet())
     with monkeypatch.context() as patch:

@@ -72,16 +72,11 @@ class Dataset:
 
 def load(settings: config.Data, tokenizer: Tokenizer, seed: int = 0) -> tuple[Dataset, Dataset | None]:
     """(train, eval) datasets; eval is None unless eval_dataset, eval_select or val_size asks for one."""
-    if settings.mask_history and settings.train_on_prompt:
-        raise ConfigError("data.mask_history trains the last reply only, data.train_on_prompt everything: choose one")
-    separate = settings.eval_dataset is not None or settings.eval_select
-    if separate and settings.val_size:
-        raise ConfigError("data.val_size splits the training rows, but an evaluation set is given too: choose one")
-    train = formats.load_conversations(settings.dataset, settings, settings.select)
-    if separate:
-        held = formats.load_conversations(settings.eval_dataset or settings.dataset, settings, settings.eval_select)
+    if _separate(settings):
+        train = formats.load_conversations(settings.dataset, settings, settings.select)
+        held = held_out(settings, seed)
     else:
-        train, held = split(train, settings.val_size, seed)
+        train, held = _split(settings, seed)
     dataset = tokenize(train, tokenizer, settings)
     if not held:
         return dataset, None
@@ -89,6 +84,29 @@ def load(settings: config.Data, tokenizer: Tokenizer, seed: int = 0) -> tuple[Da
     evaluation = tokenize(held, tokenizer, settings)
     shared = sum(conversation.prompt in seen for conversation in held)
     return dataset, replace(evaluation, report=replace(evaluation.report, shared_prompts=shared))
+
+
+def held_out(settings: config.Data, seed: int = 0) -> list[Conversation]:
+    """The rows to evaluate on, without reading those to train on where the two are apart; DataError where none are
+    asked for."""
+    if _separate(settings):
+        return formats.load_conversations(settings.eval_dataset or settings.dataset, settings, settings.eval_select)
+    if not settings.val_size:
+        raise DataError("there are no rows to evaluate on: name a dataset (--dataset FILE), or set Data.eval_dataset, "
+                        "Data.eval_select or Data.val_size")
+    return _split(settings, seed)[1]
+
+
+def _separate(settings: config.Data) -> bool:
+    """Whether the rows to evaluate on are named, rather than split off."""
+    separate = settings.eval_dataset is not None or bool(settings.eval_select)
+    if separate and settings.val_size:
+        raise ConfigError("data.val_size splits the training rows, but an evaluation set is given too: choose one")
+    return separate
+
+
+def _split(settings: config.Data, seed: int) -> tuple[list[Conversation], list[Conversation]]:
+    return split(formats.load_conversations(settings.dataset, settings, settings.select), settings.val_size, seed)
 
 
 def split(conversations: Sequence[Conversation], size: float, seed: int,
@@ -126,6 +144,8 @@ def split(conversations: Sequence[Conversation], size: float, seed: int,
 
 def tokenize(conversations: Sequence[Conversation], tokenizer: Tokenizer, settings: config.Data) -> Dataset:
     """Renders, encodes, cuts to max_length from the end; rows with nothing left to train are dropped and counted."""
+    if settings.mask_history and settings.train_on_prompt:
+        raise ConfigError("data.mask_history trains the last reply only, data.train_on_prompt everything: choose one")
     train = "last" if settings.mask_history else "all" if settings.train_on_prompt else "assistant"
     rendered = tokenizer.render_all([c.as_dicts() for c in conversations], [c.where for c in conversations], train)
     examples = [Example(ids[: settings.max_length], trained[: settings.max_length], conversation.where, len(ids))

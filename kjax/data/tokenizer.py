@@ -13,7 +13,7 @@ import tokenizers
 
 from kjax import config
 from kjax.data import chat, templates, tiktoken_file
-from kjax.errors import DataError
+from kjax.errors import ConfigError, DataError
 
 # Scripts, digits, white space, emoji with joiners, a contraction: what a lossy or wrongly read vocabulary would break.
 ROUND_TRIP = ("Hello! 毕老师!1 + 1 = 2\n\n\tpeut-être 中文，かな カナ 한국어 العربية हिन्दी "
@@ -130,6 +130,18 @@ class Tokenizer:
         if add_generation_prompt:
             train = None
         return chat.render(self, [messages], ["the messages"], train, add_generation_prompt, thinking)[0]
+
+    def prompts(self, conversations: Sequence[Sequence[Mapping[str, str]]], where: Sequence[str],
+                thinking: bool | None = None) -> list[np.ndarray]:
+        """Ids [n] int32 of dialogues up to where a new reply begins; ConfigError where the template does not ask
+        whether that may reason, but `thinking` says."""
+        found = [ids for ids, _ in chat.render(self, conversations, where, None, True, thinking)]
+        if thinking is not None and conversations:
+            (other, _), = chat.render(self, conversations[:1], where[:1], None, True, not thinking)
+            if np.array_equal(found[0], other):
+                raise ConfigError(f"thinking = {thinking}: the chat template {self.template.name} does not ask whether "
+                                  "a reply may reason; leave it out, or give a template that does")
+        return found
 
     def render_all(self, conversations: Sequence[Sequence[Mapping[str, str]]], where: Sequence[str],
                    train: chat.Train = "assistant") -> list[tuple[np.ndarray, np.ndarray]]:

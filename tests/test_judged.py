@@ -1,0 +1,214 @@
+"""`kjax eval` and `kjax predict`: the loss is that of training, replies are those of one row alone, and what was
+interrupted goes on."""
+
+import dataclasses
+import importlib
+import json
+
+import pytest
+import tiny
+
+import kjax
+from kjax import cli, metrics
+from kjax.config import Config
+from kjax.errors import CheckpointError, ConfigError, DataError, RunError
+from kjax.load import Model
+
+predicting = importlib.import_module("kjax.predict")
+NEW = {"max_new_tokens": 6, "batch": 3}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A run with eight rows held out."""
+    directory = tmp_path_factory.mktemp("judged")
+    run = kjax.train(tiny.settings(directory, data__val_size=8.0, train__save_steps=2), console=tiny.quiet())
+    return directory, run
+
+
+def test_the_loss_is_that_of_training(job, capsys):
+    directory, run = job
+    found = kjax.evaluate(run, console=tiny.quiet())
+    assert (found.loss, found.rows, found.dropped) == (run.eval_losses[-1], 8, 0)
+    assert found.perplexity == pytest.approx(2.718281828459045 ** found.loss)
+    log = [json.loads(line) for line in (run.directory / "trainer_log.jsonl").read_text().splitlines()]
+    assert round(found.accuracy, 6) == [entry["eval_accuracy"] for entry in log if "eval_loss" in entry][-1]
+    # Of the base, of an earlier state, by the command line, of settings.
+    assert kjax.evaluate(run.directory, base=True, console=tiny.quiet()).loss == run.eval_losses[0]
+    earlier = kjax.evaluate(run, adapter=run.directory / "checkpoints/2/adapter", console=tiny.quiet())
+    assert earlier.loss not in run.eval_losses and "checkpoints/2" in earlier.model
+    assert cli.main(["eval", "--run", str(run.directory), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == run.eval_losses[-1]
+    settings = tiny.settings(directory, data__val_size=8.0, model__adapter=str(run.adapter))
+    assert kjax.evaluate(settings, console=tiny.quiet()).loss == run.eval_losses[-1]
+
+
+def test_other_rows_and_settings(job, capsys):
+    directory, run = job
+    other = tiny.rows(directory / "other.jsonl", 5, seed=9)
+    assert cli.main(["eval", "--run", str(run.directory), "--dataset", str(other), "--gin.Data.limit=3"]) == 0
+    assert "rows          3" in capsys.readouterr().out
+    arguments = ["eval", "--model", str(directory / "model"), "--dataset", str(other), "--json"]
+    assert cli.main([*arguments, "--gin.Model.dtype='float32'"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["rows"] == 5 and "no adapter" in told["model"]
+    assert cli.main([*arguments, "--adapter", str(run.adapter), "--gin.Model.dtype='float32'"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] != told["loss"]
+
+
+@pytest.mark.variant
+def test_the_loss_with_experts_on_the_host_and_4_bits(tmp_path):
+    """Experts' adapters that live on the host, and an embedding table that does."""
+    settings = tiny.settings(tmp_path, model__weights="nf4", lora__targets=("experts", "q_b_proj"),
+                             lora__experts_home="host", train__steps=2, train__micro_rows=2)
+    run = kjax.train(settings, console=tiny.quiet())
+    assert kjax.evaluate(run, console=tiny.quiet()).loss == run.eval_losses[-1]
+
+
+def test_what_cannot_be_evaluated(job, tmp_path):
+    directory, run = job
+    settings = tiny.settings(directory, data__val_size=0.0)
+    with pytest.raises(DataError, match="no rows to evaluate on: name a dataset"):
+        kjax.evaluate(settings, console=tiny.quiet())
+    with pytest.raises(ConfigError, match="--base"):
+        kjax.evaluate(settings, base=True, dataset=directory / "rows.jsonl")
+    with pytest.raises(RunError, match="not a run directory"):
+        kjax.evaluate(tmp_path)
+    with kjax.load(tiny.model(tmp_path / "other"), dtype="float32") as model:
+        with pytest.raises(ConfigError, match="the loaded model is .*other, the settings name"):
+            kjax.evaluate(run, model=model)
+        model.params["norm"]["weight"] = model.params["norm"]["weight"] * float("nan")
+        alike = dataclasses.replace(tiny.settings(directory, data__val_size=8.0), model=tiny.settings(
+            directory, model__directory=str(model.directory)).model)
+        with pytest.raises(RunError, match="a loss of nan"):
+            kjax.evaluate(alike, model=model, console=tiny.quiet())
+
+
+def replies(directory):
+    return [json.loads(line) for line in (directory / predicting.REPLIES).read_text().splitlines()]
+
+
+def test_replies_are_those_of_each_row_alone(job, tmp_path):
+    _, run = job
+    found = kjax.predict(run, tmp_path / "out", console=tiny.quiet(), **NEW)
+    rows = kjax.data.held_out(settings_of(run).data, settings_of(run).train.seed)
+    assert [line["label"] for line in found.replies] == [row.messages[-1].content for row in rows]
+    assert found.replies == replies(tmp_path / "out") and len(rows) == 8
+    with kjax.load(settings_of(run).model.directory, run.adapter, "float32") as model:
+        for line, row in zip(found.replies, rows, strict=True):
+            assert line["predict"] == model.generate(row.as_dicts()[:-1], max_new_tokens=6)
+            assert row.messages[0].content in line["prompt"] and row.messages[-1].content not in line["prompt"]
+    results = json.loads((tmp_path / "out" / predicting.RESULTS).read_text())
+    assert results == found.results and results["predict_samples"] == 8
+    assert results["predict_tokens"] == sum(line["tokens"] for line in found.replies)
+    if not metrics.missing():
+        assert {"predict_bleu-4", "predict_rouge-l", "predict_exact"} < set(results)
+
+
+def settings_of(run) -> Config:
+    from kjax import run as runs
+    return runs.settings(run.directory)[0]
+
+
+def test_an_interrupted_call_goes_on(job, tmp_path, monkeypatch, capsys):
+    """Whole groups are kept, a group that was not complete is made again, with the same draws."""
+    _, run = job
+    options = ["predict", "--run", str(run.directory), "--max_new_tokens", "6", "--batch", "3", "--temperature", "1",
+               "--seed", "5"]
+    assert cli.main([*options, "--out", str(tmp_path / "whole")]) == 0
+    original, calls = Model.tokens_of_all, []
+
+    def interrupted(self, prompts, *args, **kwargs):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(Model, "tokens_of_all", interrupted)
+    out = tmp_path / "parts"
+    assert cli.main([*options, "--out", str(out)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err and not (out / predicting.REPLIES).exists()
+    lines = (out / predicting.PARTIAL).read_text().splitlines(keepends=True)
+    assert len(lines) == 6
+    (out / predicting.PARTIAL).write_text("".join(lines[:5]) + lines[5][:9])  # cut short in the second group
+    assert cli.main([*options, "--out", str(out)]) == 0
+    assert calls == [3, 3, 2, 3, 2], "the second group and the third"
+    assert replies(out) == replies(tmp_path / "whole")
+    assert cli.main([*options, "--out", str(out)]) == 0 and len(calls) == 5, "nothing is left to do"
+    assert not (out / predicting.PARTIAL).exists()
+
+
+def test_predictions_are_not_mixed_or_lost(job, tmp_path):
+    _, run = job
+    out = tmp_path / "out"
+    kjax.predict(run, out, console=tiny.quiet(), **NEW)
+    before = replies(out)
+    with pytest.raises(RunError, match="something else .other: adapter.; .*--overwrite"):
+        kjax.predict(run, out, base=True, **NEW)
+    with pytest.raises(RunError, match="other: max_new_tokens"):
+        kjax.predict(run, out, max_new_tokens=7, batch=3)
+    assert replies(out) == before
+    kjax.predict(run, out, base=True, overwrite=True, console=tiny.quiet(), **NEW)
+    assert replies(out) != before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    for overwrite in (False, True):
+        with pytest.raises(RunError, match="holds no predictions; give a new directory"):
+            kjax.predict(run, tmp_path / "mine", overwrite=overwrite, **NEW)
+    lines = (out / predicting.REPLIES).read_text().splitlines(keepends=True)
+    (out / predicting.REPLIES).write_text("".join(lines[1:]))
+    with pytest.raises(RunError, match="does not hold the rows"):
+        kjax.predict(run, out, base=True, **NEW)
+
+
+def test_choices_and_a_missing_package(job, tmp_path, monkeypatch):
+    directory, run = job
+    questions = directory / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"instruction": f"question {n}", "output": "ABC"[n % 3]}) + "\n"
+                                 for n in range(4)))
+    monkeypatch.setattr(Model, "tokens_of_all", lambda self, prompts, *_, **__:
+                        [self.tokenizer.encode("The answer is B.")] * len(prompts))
+    found = kjax.predict(run, tmp_path / "choices", dataset=questions, console=tiny.quiet(), **NEW)
+    assert (found.results["predict_accuracy"], found.results["predict_answered"]) == (25.0, 100.0)
+    monkeypatch.setitem(metrics.PACKAGES, "no_such_module", "no-such-package")
+    console = tiny.quiet()
+    found = kjax.predict(run, tmp_path / "text", console=console, **NEW)
+    assert "no-such-package" in console.file.getvalue() and "predict_bleu-4" not in found.results
+    with pytest.raises(ConfigError, match="pip install .*no-such-package"):
+        kjax.predict(run, tmp_path / "asked", score="text", **NEW)
+    assert not (tmp_path / "asked").exists()
+    monkeypatch.undo()
+    if not metrics.missing():
+        found = kjax.predict(run, tmp_path / "text", console=tiny.quiet(), **NEW)
+        assert found.results["predict_bleu-4"] >= 0
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"batch": 0}, ConfigError, "batch = 0"), ({"temperature": -1.0}, ConfigError, "temperature"),
+    ({"thinking": True}, ConfigError, "does not ask whether a reply may reason"),
+    ({"adapter": "gone"}, CheckpointError, "gone/adapter_config.json: No such file"),
+])  # fmt: skip
+def test_wrong_arguments(job, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        kjax.predict(job[1], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_that_is_too_long_is_named(job, tmp_path):
+    directory, run = job
+    long = directory / "long.jsonl"
+    long.write_text(json.dumps({"instruction": "x", "output": "y"}) + "\n"
+                    + json.dumps({"instruction": "x" * 5000, "output": "y"}) + "\n")
+    with pytest.raises(DataError, match=r"long.jsonl.*2.*: a prompt of 500\d tokens, the model reads"):
+        kjax.predict(run, tmp_path / "out", dataset=long)
+
+
+def test_progress_without_a_terminal(monkeypatch):
+    from kjax import progress
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    console = tiny.quiet()
+    with progress.counted(console, "replying", 5, "rows", 2) as done:
+        done(1)
+        done(2)
+    assert console.file.getvalue().startswith("replying 3/5 rows, remaining 0:00:0")
+    assert console.file.getvalue().count("\n") == 1, "none for the last: what follows tells"
