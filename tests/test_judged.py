@@ -65,6 +65,7 @@ def test_the_loss_with_experts_on_the_host_and_4_bits(tmp_path):
     assert kjax.evaluate(run, console=tiny.quiet()).loss == run.eval_losses[-1]
 
 
+@pytest.mark.variant
 def test_what_cannot_be_evaluated(job, tmp_path):
     directory, run = job
     settings = tiny.settings(directory, data__val_size=0.0)
@@ -110,6 +111,7 @@ def settings_of(run) -> Config:
     return runs.settings(run.directory)[0]
 
 
+@pytest.mark.variant
 def test_an_interrupted_call_goes_on(job, tmp_path, monkeypatch, capsys):
     """Whole groups are kept, a group that was not complete is made again, with the same draws."""
     _, run = job
@@ -138,6 +140,7 @@ def test_an_interrupted_call_goes_on(job, tmp_path, monkeypatch, capsys):
     assert not (out / predicting.PARTIAL).exists()
 
 
+@pytest.mark.variant
 def test_predictions_are_not_mixed_or_lost(job, tmp_path):
     _, run = job
     out = tmp_path / "out"
