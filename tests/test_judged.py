@@ -5,11 +5,13 @@ import dataclasses
 import importlib
 import json
 
+import numpy as np
 import pytest
 import tiny
 
 import kjax
-from kjax import cli, metrics
+from kjax import cli, judged, metrics
+from kjax import run as runs
 from kjax.config import Config
 from kjax.errors import CheckpointError, ConfigError, DataError, RunError
 from kjax.load import Model
@@ -33,6 +35,14 @@ def test_the_loss_is_that_of_training(job, capsys):
     assert found.perplexity == pytest.approx(2.718281828459045 ** found.loss)
     log = [json.loads(line) for line in (run.directory / "trainer_log.jsonl").read_text().splitlines()]
     assert round(found.accuracy, 6) == [entry["eval_accuracy"] for entry in log if "eval_loss" in entry][-1]
+    # The same from whole forward passes.
+    config, right = settings_of(run), 0
+    with kjax.load(config.model.directory, run.adapter, "float32") as model:
+        rows = kjax.data.tokenize(kjax.data.held_out(config.data, config.train.seed), model.tokenizer, config.data)
+        for ids, trained in rows.examples:
+            best = np.asarray(model.logits(ids[None])).argmax(-1)[0, :-1]
+            right += int(((best == ids[1:]) & trained[1:]).sum())
+    assert found.accuracy == right / found.targets and found.targets == rows.report.trained_tokens
     # Of the base, of an earlier state, by the command line, of settings.
     assert kjax.evaluate(run.directory, base=True, console=tiny.quiet()).loss == run.eval_losses[0]
     earlier = kjax.evaluate(run, adapter=run.directory / "checkpoints/2/adapter", console=tiny.quiet())
@@ -63,6 +73,15 @@ def test_the_loss_with_experts_on_the_host_and_4_bits(tmp_path):
                              lora__experts_home="host", train__steps=2, train__micro_rows=2)
     run = kjax.train(settings, console=tiny.quiet())
     assert kjax.evaluate(run, console=tiny.quiet()).loss == run.eval_losses[-1]
+
+
+def test_the_template_is_that_of_training(job, tmp_path):
+    """Also for the base alone; Data.template goes first."""
+    directory, run = job
+    template = run.adapter / "chat_template.jinja"
+    for base in (False, True):
+        assert judged.settings(run, base=base).data.template == str(template)
+    assert judged.settings(tiny.settings(directory, data__template="chatml")).data.template == "chatml"
 
 
 @pytest.mark.variant
@@ -107,7 +126,6 @@ def test_replies_are_those_of_each_row_alone(job, tmp_path):
 
 
 def settings_of(run) -> Config:
-    from kjax import run as runs
     return runs.settings(run.directory)[0]
 
 
@@ -138,6 +156,10 @@ def test_an_interrupted_call_goes_on(job, tmp_path, monkeypatch, capsys):
     assert replies(out) == replies(tmp_path / "whole")
     assert cli.main([*options, "--out", str(out)]) == 0 and len(calls) == 5, "nothing is left to do"
     assert not (out / predicting.PARTIAL).exists()
+    monkeypatch.undo()
+    options[options.index("--batch") + 1] = "8"
+    assert cli.main([*options, "--out", str(tmp_path / "together")]) == 0
+    assert replies(tmp_path / "together") == replies(out), "a row draws by its number, not by its company"
 
 
 @pytest.mark.variant

@@ -66,7 +66,7 @@ def test_no_file_of_others_is_read(packages, tmp_path, monkeypatch):
     ("C", "C"), ("(B)", "B"), (" D. because of the fever", "D"), ("B) malaria\nIt is common.", "B"), ("E：是", "E"),
     ("The answer is C.", "C"), ("The correct answer is **(E)**", "E"), ("Answer: B", "B"), ("答案是：D", "D"),
     ("答案: A", "A"), ("\\boxed{A}", "A"), ("\\boxed{\\text{C}}", "C"), ("option is c, or Option is D", "D"),
-    ("<think>Is it A? B?</think>\nC", "C"), ("<think>The answer is A.</think> The answer is B", "B"),
+    ("<think>The answer is A.</think>\nC", "C"), ("<think>The answer is A.</think> The answer is B", "B"),
     ("Not A. It must be\nC", "C"), ("The answer is A. No, the answer is B.", "B"), ("We choose (D)", "D"),
     ("I think A is good", None), ("A patient with fever", None), ("the answer is Apple", None), ("", None),
     ("malaria", None), ("K", None),
