@@ -136,7 +136,7 @@ def _judged(parser: argparse.ArgumentParser):
     parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter for --model; with --run one of its "
                         "checkpoints/STEP/adapter instead of the newest")
     parser.add_argument("--base", action="store_true", help="leave the adapter off, to compare")
-    parser.add_argument("--dataset", metavar="FILE", help="other rows: sets Data.eval_dataset")
+    parser.add_argument("--dataset", metavar="FILE", help="rows to judge on, instead of the run's")
 
 
 def _positive(text: str) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kjax import data, judged, step
@@ -47,7 +48,7 @@ class Evaluation:
         table = Table.grid(padding=(0, 2))
         cut = f", {self.truncated:,} of them cut" if self.truncated else ""
         left = f", {self.dropped:,} left out" if self.dropped else ""
-        for name, value in (("model", self.model), ("rows", f"{self.rows:,}{cut}{left}"),
+        for name, value in (("model", escape(self.model)), ("rows", f"{self.rows:,}{cut}{left}"),
                             ("loss", f"{self.loss:.4f}"), ("perplexity", f"{self.perplexity:.4g}"),
                             ("tokens right", f"{self.accuracy:.1%} of {self.targets:,}")):
             table.add_row(name, value)
@@ -58,16 +59,14 @@ class Evaluation:
 
 
 def evaluate(which: judged.Which, *, base: bool = False, adapter: str | os.PathLike | None = None,
-             dataset: str | os.PathLike | None = None, model: Model | None = None,
-             console: Console | None = None) -> Evaluation:
+             dataset: str | os.PathLike | None = None, console: Console | None = None) -> Evaluation:
     """The loss on evaluation rows, over the same batches as in training.
 
         kjax.evaluate("runs/first")             # its newest adapter on the rows it held out
-        kjax.evaluate("runs/first", base=True)  # the model it began with
+        kjax.evaluate("runs/first", base=True)  # without any adapter
 
     Args:
       which, base, adapter, dataset: what is judged on which rows, as kjax.judged.settings.
-      model: an open kjax.Model to judge as it is, instead of loading what the settings name.
       console: where to show progress; standard output unless given.
     """
     config = judged.settings(which, base=base, adapter=adapter, dataset=dataset)
@@ -78,9 +77,9 @@ def evaluate(which: judged.Which, *, base: bool = False, adapter: str | os.PathL
     found = data.tokenize(data.held_out(config.data, config.train.seed), tokenizer, config.data)
     data.check_ids(found.examples, described.vocab_size)
     batches = data.Batches.of_run(config, found, evaluation=True)
-    with judged.opened(config, model) as opened:
-        score = _score(config, opened, batches, console or Console())
-        name = judged.title(config) if model is None else repr(model)
+    with judged.opened(config) as model:
+        score = _score(config, model, batches, console or Console())
+    name = judged.title(config)
     if not math.isfinite(score.mean_loss):
         raise RunError(f"{name}: a loss of {score.mean_loss}; try Model.dtype = 'float32', or check the adapter and "
                        "the weights")

@@ -24,9 +24,13 @@ def _power_of_two(number: int, least: int) -> int:
 
 
 def chunks(length: int) -> list[int]:
-    """Lengths of the pieces in which a prompt is processed, together at least its own."""
-    rest = length % LARGEST_CHUNK
-    return ([_power_of_two(rest, SMALLEST_CHUNK)] if rest else []) + [LARGEST_CHUNK] * (length // LARGEST_CHUNK)
+    """Lengths of the pieces in which a prompt is processed, together at least its own: shorter ones for a long prompt,
+    so that the scores of a piece with the whole prompt take no more memory than those of LARGEST_CHUNK with LONG."""
+    largest = LARGEST_CHUNK
+    while largest > SMALLEST_CHUNK and largest * length > LARGEST_CHUNK * LONG:
+        largest //= 2
+    rest = length % largest
+    return ([_power_of_two(rest, SMALLEST_CHUNK)] if rest else []) + [largest] * (length // largest)
 
 
 def cache_places(padded: int, new: int) -> int:
@@ -122,16 +126,20 @@ class Generator:
         padding = np.array([length - prompt.size for prompt in prompts], np.int32)
         for row, prompt in enumerate(prompts):
             table[row, padding[row]:] = prompt
+        if rows is not None and len(rows) != len(prompts):
+            raise ConfigError(f"{len(rows)} numbers of rows for {len(prompts)} prompts")
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.key(seed), np.arange(len(prompts)) if rows is None else np.asarray(rows))
         draw = (np.float32(temperature), np.float32(top_p))
 
-        cache = Cache.empty(config, len(prompts), cache_places(length, int(left.max())), self.model.dtype)
+        # Places for replies are added behind the prompt: attention would look at them all the while.
+        cache = Cache.empty(config, len(prompts), cache_places(length, 0), self.model.dtype)
         alive, done = np.ones(len(prompts), bool), 0
         for piece in pieces:
             cache, token, finite = self._advance(variables, cache, self._inputs(table[:, done:done + piece]), padding,
                                                  alive, row_keys, np.int32(0), *draw)
             done += piece
+        cache = cache.with_places(cache_places(length, int(left.max())))
         for number in itertools.count(1):
             drawn = np.asarray(token)
             if not (np.asarray(finite) | ~alive).all():

@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from kjax import gin_config, run
 from kjax.config import Config
 from kjax.data import templates
 from kjax.errors import ConfigError
 from kjax.load import Model, load
+
+NO_DATASET = "(none)"  # Data.dataset where a command names a model only
 
 Which = Config | run.Run | str | os.PathLike
 
@@ -23,7 +24,7 @@ def settings(which: Which, *, base: bool = False, adapter: str | os.PathLike | N
       which: a run or its directory, for its newest adapter on its evaluation rows; or settings.
       base: judge the model without the adapter, but with its chat template.
       adapter: another adapter than that of `which`.
-      dataset: rows to judge on, instead of those of `which`.
+      dataset: a file of rows to judge on, or an entry of Data.dataset_dir, instead of those of `which`.
     """
     if isinstance(which, Config):
         rows = {} if dataset is None else _rows(dataset)
@@ -43,12 +44,15 @@ def of_model(directory: str | os.PathLike, files: Sequence[str], bindings: Seque
              adapter: str | os.PathLike | None = None, dataset: str | os.PathLike | None = None) -> Config:
     """Settings from a checkpoint directory, gin files and bindings; arguments as for `settings`."""
     config = gin_config.load(files, [f"Model.directory={str(directory)!r}", *_bindings(dataset), *bindings],
-                             fallback={"Data.dataset": "unused", "Train.run_dir": "unused"})
+                             fallback={"Data.dataset": NO_DATASET, "Train.run_dir": "unused"})
+    if config.data.eval_dataset is None and config.data.dataset == NO_DATASET:
+        raise ConfigError("there are no rows to judge on: name a dataset (--dataset FILE)")
     return _on(config, adapter or config.model.adapter, base)
 
 
 def _rows(dataset: str | os.PathLike) -> dict:
-    return {"eval_dataset": str(dataset), "eval_select": {}, "val_size": 0.0}
+    """Settings of Data that read a file as it is, whatever they said of another."""
+    return {"eval_dataset": str(dataset), "eval_select": {}, "val_size": 0.0, "limit": None, "format": "auto"}
 
 
 def _bindings(dataset: str | os.PathLike | None) -> list[str]:
@@ -64,14 +68,9 @@ def _on(config: Config, adapter: str | os.PathLike | None, base: bool) -> Config
 
 
 @contextlib.contextmanager
-def opened(config: Config, model: Model | None = None) -> Iterator[Model]:
-    """The model of these settings, loaded; or `model`, which is and stays open."""
+def opened(config: Config) -> Iterator[Model]:
+    """The model of these settings, loaded."""
     chosen = config.model
-    if model is not None:
-        if Path(model.directory).resolve() != Path(chosen.directory).resolve():
-            raise ConfigError(f"the loaded model is {model.directory}, the settings name {chosen.directory}")
-        yield model
-        return
     with load(chosen.directory, chosen.adapter, chosen.dtype, chosen.experts, weights=chosen.weights,
               template=config.data.template, transport=chosen.transport, storage=chosen.storage,
               experts_home=config.lora.experts_home) as loaded:

@@ -195,6 +195,8 @@ class Model:
         """As `tokens`, for prompts that are continued together, which reads the experts' weights once for all of
         them; rows: numbers by which they draw, so that company does not change what a prompt draws."""
         found: list[list[int]] = [[] for _ in prompts]
+        if not found:
+            return found
         for step in self._generate().batch(self.variables, prompts, max_new_tokens, temperature=temperature,
                                            top_p=top_p, seed=seed, stop=self._stops(), rows=rows):
             for tokens, token in zip(found, step, strict=True):

@@ -16,13 +16,13 @@ from kjax.errors import ConfigError
 Kind = Literal["text", "choice"]
 PACKAGES = {"jieba": "jieba", "rouge_chinese": "rouge-chinese", "nltk": "nltk"}  # module -> its name on PyPI
 
-_OPTION = re.compile(r"\(?([A-J])\)?(?:\s*[.:)：、].*)?", re.DOTALL)  # "C", "(C)", "C. text"
-_THOUGHT = re.compile(r".*</think>", re.DOTALL)
-_MARKS = r"[\s:：*(（\[\"'{]*(?:\\text\s*\{)?"  # between "answer is" and its letter
-# How models give a letter within a sentence, the surest first; of several the last counts.
-_SAID = [re.compile(pattern) for pattern in (
-    r"(?i:\\boxed|(?:answer|option|choice)(?: is|\s*[:：])|答案(?:是|为|\s*[:：]))" + _MARKS + "([A-J])(?![A-Za-z])",
-    r"(?m)(?<![A-Za-z])\(?([A-J])(?:[.):：、]|\)?\s*$)",
+_OPTION = re.compile(r"\(?([A-J])\)?(?:\s*[.:)：、].*)?", re.DOTALL)  # a label: "C", "(C)", "C. text"
+# How a reply gives a letter, the surest first; of several in one way the last counts. "I" may be a word, and "A".
+_WAYS = [re.compile(pattern) for pattern in (
+    r"(?:(?i:\\boxed|(?:answer|choice)(?: is|\s*[:：])|option(?: is|[:：]|\s))|答案[是为:：]|选[择项]?[是为:：]?)"
+    r"[\s:：(（\[\"'{]*(?:\\[a-z]+\s*\{)*(?!I [a-z])([A-J])(?![A-Za-z])",
+    r"\A\W*([A-J])(?:[^\S\n]*(?:\n|\W*$)|[.:)：、。，,！!？?]|(?<![AI])\s)",
+    r"(?m)(?<![A-Za-z])([A-J])(?:[.):：。！!？?]|\s*$)",
 )]
 
 
@@ -32,17 +32,25 @@ def missing() -> list[str]:
 
 
 def kind_of(labels: Sequence[str]) -> Kind:
-    """"choice" where every label begins with the letter of an option, alone or before a mark; else "text"."""
-    return "choice" if labels and all(_OPTION.fullmatch(label.strip()) for label in labels) else "text"
+    """"choice" where every label, its reasoning left aside, begins with the letter of an option, alone or before a
+    mark; else "text"."""
+    return "choice" if labels and all(map(_letter, labels)) else "text"
 
 
-def choice(text: str) -> str | None:
-    """The letter, A to J, that a reply or a label chooses, reasoning left aside; None where it gives none."""
-    text = _THOUGHT.sub("", text).strip()
-    if found := _OPTION.fullmatch(text):
-        return found[1]
-    for pattern in _SAID:
-        if letters := pattern.findall(text):
+def _letter(label: str) -> str | None:
+    found = _OPTION.fullmatch(label.rpartition("</think>")[2].strip())
+    return found and found[1]
+
+
+def choice(reply: str) -> str | None:
+    """The letter, A to J, that a reply chooses, reasoning left aside; None where it gives none, or is cut while it
+    still reasons."""
+    thought, _, text = reply.rpartition("</think>")
+    if not thought and "<think>" in text:
+        return None
+    text = re.sub(r"[*$`]", "", text).strip()
+    for way in _WAYS:
+        if letters := way.findall(text):
             return letters[-1]
     return None
 
@@ -60,7 +68,7 @@ def scores(kind: Kind, replies: Sequence[str], labels: Sequence[str],
     pairs = list(zip(replies, labels, strict=True))
     exact = {"exact": _percent(reply.strip() == label.strip() for reply, label in pairs)}
     if kind == "choice":
-        chosen = [(choice(reply), choice(label)) for reply, label in pairs]
+        chosen = [(choice(reply), _letter(label)) for reply, label in pairs]
         return {"accuracy": _percent(reply == label for reply, label in chosen),
                 "answered": _percent(reply is not None for reply, _ in chosen)} | exact
     return _text(pairs, done) | exact
@@ -77,7 +85,7 @@ def _text(pairs: Sequence[tuple[str, str]], done: Callable[[int], object]) -> di
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
     from rouge_chinese import Rouge
 
-    smoothing, rouge = SmoothingFunction().method3, Rouge()
+    smoothing, rouge = SmoothingFunction().method3, Rouge(["rouge-1", "rouge-2"])
     weights = [tuple(1 / n if i < n else 0.0 for i in range(4)) for n in (1, 2, 3, 4)]
     found: dict[str, list[float]] = {f"bleu-{n}": [] for n in (1, 2, 3, 4)} | {
         f"rouge-{n}": [] for n in ("1", "2", "l")}
@@ -91,7 +99,24 @@ def _text(pairs: Sequence[tuple[str, str]], done: Callable[[int], object]) -> di
                 found[f"bleu-{n}"].append(value)
             split = [" ".join(words.cut(text)) for text in (reply, label)]
             f1 = rouge.get_scores(*split)[0] if all(text.split() for text in split) else {}
-            for n in ("1", "2", "l"):
+            for n in ("1", "2"):
                 found[f"rouge-{n}"].append(f1.get(f"rouge-{n}", {}).get("f", 0.0))
+            found["rouge-l"].append(_rouge_l(*(" ".join(rouge.cut_sent(text)).split() for text in split)))
             done(1)
     return {name: _percent(values) for name, values in found.items()}
+
+
+def _rouge_l(reply: list[str], label: list[str]) -> float:
+    """F1 of the longest common subsequence of words. rouge-chinese fills a table of all pairs of words for it, minutes
+    and gigabytes for long replies; here the bits of an integer are a row of that table (Hyyrö 2004)."""
+    if not reply or not label:
+        return 0.0
+    places: dict[str, int] = {}
+    for at, word in enumerate(label):
+        places[word] = places.get(word, 0) | 1 << at
+    whole = row = (1 << len(label)) - 1
+    for word in reply:
+        matched = row & places.get(word, 0)
+        row = (row + matched | row - matched) & whole
+    common = len(label) - row.bit_count()
+    return 2 * common / (len(reply) + len(label))

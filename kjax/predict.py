@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -64,11 +65,11 @@ def predict(which: judged.Which, out: str | os.PathLike, *, base: bool = False,
             adapter: str | os.PathLike | None = None, dataset: str | os.PathLike | None = None,
             max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
             thinking: bool | None = None, batch: int = BATCH, score: Literal["auto", "text", "choice"] = "auto",
-            overwrite: bool = False, model: Model | None = None, console: Console | None = None) -> Predictions:
+            overwrite: bool = False, console: Console | None = None) -> Predictions:
     """Replies to the last user message of every evaluation row, scored against the rows' own replies.
 
         kjax.predict("runs/first", "predictions/first")             # BLEU, ROUGE, exact matches
-        kjax.predict("runs/first", "predictions/base", base=True)   # of the model it began with
+        kjax.predict("runs/first", "predictions/base", base=True)   # without any adapter
 
     The same call goes on after an interruption, to the same replies.
 
@@ -80,14 +81,15 @@ def predict(which: judged.Which, out: str | os.PathLike, *, base: bool = False,
         differ where two tokens are almost equally probable.
       score: "text" for BLEU and ROUGE, "choice" for the letter of an option; "auto": by what the rows' replies are.
       overwrite: replace the predictions in `out`.
-      model: an open kjax.Model to use as it is, instead of loading what the settings name.
       console: where to show progress; standard output unless given.
     """
     console, out = console or Console(), Path(out)
     config = judged.settings(which, base=base, adapter=adapter, dataset=dataset)
     check_sampling(max_new_tokens, temperature, top_p, seed)
-    if batch < 1:
-        raise ConfigError(f"batch = {batch}: must be positive")
+    if not isinstance(batch, int) or batch < 1:
+        raise ConfigError(f"batch = {batch!r}: expected a whole number, at least 1")
+    if score not in ("auto", "text", "choice"):
+        raise ConfigError(f"score = {score!r}: expected 'auto', 'text' or 'choice'")
     rows = data.held_out(config.data, config.train.seed)
     prompts = data.Tokenizer.of_run(config).prompts([row.as_dicts()[:-1] for row in rows], [row.where for row in rows],
                                                     thinking)
@@ -100,23 +102,23 @@ def predict(which: judged.Which, out: str | os.PathLike, *, base: bool = False,
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     with Checkpoint(config.model.directory) as files:
         _check(tasks, rows, ModelConfig.from_json(files.config_json, str(files.config_path)))
-        identity = _identity(config, files, tasks, {**sampling, "batch": batch})
-    _open(out, identity, overwrite)
-    if not (out / REPLIES).is_file():
-        with judged.opened(config, model) as opened:
-            _reply(opened, tasks, out, sampling, batch, console)
-    replies = [json.loads(line) for line in (out / REPLIES).read_text(encoding="utf-8").splitlines()]
-    if [reply["label"] for reply in replies] != [task.label for task in tasks]:
-        raise RunError(f"{out / REPLIES}: does not hold the rows of the dataset any more; --overwrite makes it anew")
+        place = Place(out, _identity(config, files, tasks, sampling), overwrite)
+    if not place.finished:
+        with judged.opened(config) as model:
+            place.begin()
+            _reply(model, tasks, place, sampling, batch, console)
+    replies, figures = place.read(tasks)
     results = {}
     if lacking:
         console.print(f"BLEU and ROUGE are left out: they need {', '.join(lacking)} (pip install {' '.join(lacking)}); "
                       "the same command then adds them", soft_wrap=True)
     else:
-        labels = [task.label for task in tasks]
+        # Where the prompt has opened the reasoning, a reply that never ends it is all reasoning.
+        opened = ["<think>" if kind == "choice" and reply["prompt"].rstrip().endswith("<think>") else ""
+                  for reply in replies]
+        texts = [before + reply["predict"] for before, reply in zip(opened, replies, strict=True)]
         with counted(console, "scoring", len(tasks), "rows") as done:
-            results = metrics.scores(kind, [reply["predict"] for reply in replies], labels, done)
-    figures = json.loads((out / SETTINGS).read_text(encoding="utf-8")).get("figures", {})
+            results = metrics.scores(kind, texts, [task.label for task in tasks], done)
     results = {f"predict_{name}": round(value, 4) for name, value in results.items()} | figures
     log.write_whole(out / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
     return Predictions(out, results, replies)
@@ -126,6 +128,8 @@ def _check(tasks: Sequence[Task], rows: Sequence[data.Conversation], model: Mode
     """Refuses what no model reads before any is loaded."""
     longest, limit = model.longest_row
     for task, row in zip(tasks, rows, strict=True):
+        if not len(task.prompt):
+            raise DataError(f"{row.where}: the chat template gives a prompt without any token")
         if len(task.prompt) >= longest:
             raise DataError(f"{row.where}: a prompt of {len(task.prompt)} tokens, the model reads {limit} = {longest}; "
                             "shorten or leave out the row")
@@ -157,59 +161,103 @@ def _adapter_hash(directory: Path) -> str:
     return found.hexdigest()
 
 
-def _open(out: Path, identity: dict, overwrite: bool) -> None:
-    """Makes the directory, or goes on in the one of an earlier call of the same."""
-    settings = out / SETTINGS
-    if settings.is_file():
+class Place:
+    """The directory of predictions: what it holds, and whether that belongs to this call.
+
+    Attributes: finished: all replies are there.  lines: the replies of an interrupted call, by row.
+    """
+
+    def __init__(self, path: Path, identity: dict, overwrite: bool):
+        """Looks; changes nothing but that the directory is made. RunError where it holds something else."""
+        self.path, self.identity = path, identity
         try:
-            before = json.loads(settings.read_text(encoding="utf-8"))["identity"]
-        except (ValueError, KeyError, TypeError) as error:
-            before = {"": f"{settings} cannot be read: {error!r}"}
+            path.mkdir(parents=True, exist_ok=True)
+            held = {entry.name for entry in path.iterdir()}
+        except OSError as error:
+            raise RunError(f"{path}: {error.strerror}; give another directory") from error
+        if held and SETTINGS not in held:
+            raise RunError(f"{path}: exists and holds no predictions; give a new directory")
+        before = self._settings().get("identity") if held else None
+        before = before if isinstance(before, dict) else {}
         differing = [name for name in identity | before if identity.get(name) != before.get(name)]
-        if not differing:
-            return
-        if not overwrite:
-            raise RunError(f"{out}: holds predictions of something else (other: {', '.join(differing)}); give another "
+        self.finished = not differing and not overwrite and REPLIES in held
+        # Of an interrupted call of the same, also of one that was to overwrite: its begin has removed the old replies.
+        self.lines = {} if differing or REPLIES in held else _saved(path / PARTIAL)
+        if differing and not overwrite and (REPLIES in held or _saved(path / PARTIAL)):
+            raise RunError(f"{path}: holds predictions of something else (other: {', '.join(differing)}); give another "
                            "directory, or --overwrite")
-        for name in (REPLIES, RESULTS, PARTIAL):
-            (out / name).unlink(missing_ok=True)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out}: exists and holds no predictions; give a new directory")
-    out.mkdir(parents=True, exist_ok=True)
-    log.write_whole(settings, json.dumps({"identity": identity}).encode())
+
+    def _settings(self) -> dict:
+        try:
+            found = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
+    def begin(self) -> None:
+        """From here on the directory belongs to this call."""
+        for name in (REPLIES, RESULTS):
+            (self.path / name).unlink(missing_ok=True)
+        log.write_whole(self.path / SETTINGS, json.dumps({"identity": self.identity}).encode())
+        log.write_whole(self.path / PARTIAL, "".join(json.dumps(line) + "\n" for line in self.lines.values()).encode())
+
+    def add(self, lines: Sequence[dict]) -> None:
+        """Keeps the replies of a group."""
+        with open(self.path / PARTIAL, "a", encoding="utf-8") as partial:
+            partial.write("".join(json.dumps(line) + "\n" for line in lines))
+        self.lines |= {line["row"]: line for line in lines}
+
+    def finish(self, replies: Sequence[dict], figures: dict) -> None:
+        settings = {"identity": self.identity, "figures": figures}
+        log.write_whole(self.path / SETTINGS, json.dumps(settings).encode())
+        text = "".join(json.dumps(reply, ensure_ascii=False) + "\n" for reply in replies)
+        log.write_whole(self.path / REPLIES, text.encode())
+        (self.path / PARTIAL).unlink()
+
+    def read(self, tasks: Sequence[Task]) -> tuple[list[dict], dict]:
+        """The replies of all rows, and the figures of their making."""
+        file = self.path / REPLIES
+        try:  # texts may hold other line breaks than "\n"
+            replies = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+            texts = all(isinstance(reply[name], str) for reply in replies for name in ("prompt", "predict"))
+            if texts and [reply["label"] for reply in replies] == [task.label for task in tasks]:
+                return replies, dict(self._settings()["figures"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{file}: cannot be read ({error!r}); --overwrite makes it anew") from error
+        raise RunError(f"{file}: does not hold the rows of the dataset any more; --overwrite makes it anew")
 
 
-def _reply(model: Model, tasks: Sequence[Task], out: Path, sampling: dict, batch: int, console: Console) -> None:
-    """Writes the replies: groups of rows of like length, the longest first, each saved when it is complete."""
+def _reply(model: Model, tasks: Sequence[Task], place: Place, sampling: dict, batch: int, console: Console) -> None:
+    """Makes the replies: groups of rows of like length, the longest first, each kept when it is complete."""
     order = sorted(tasks, key=lambda task: -len(task.prompt))
     groups = [order[begin:begin + batch] for begin in range(0, len(order), batch)]
-    lines = _saved(out / PARTIAL)
-    groups = [group for group in groups if not all(task.row in lines for task in group)]
+    groups = [group for group in groups if not all(task.row in place.lines for task in group)]
     had = len(tasks) - sum(map(len, groups))
-    with (counted(console, "replying", len(tasks), "rows", had) as done,
-          open(out / PARTIAL, "a", encoding="utf-8") as partial):
+    with counted(console, "replying", len(tasks), "rows", had) as done:
         for group in groups:
             started = time.monotonic()
-            found = model.tokens_of_all([task.prompt for task in group], rows=[task.row for task in group], **sampling)
+            try:
+                found = model.tokens_of_all([task.prompt for task in group], rows=[task.row for task in group],
+                                            **sampling)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise RunError(f"memory ran out for {len(group)} rows with prompts of up to {len(group[0].prompt)} "
+                               f"tokens and replies of {sampling['max_new_tokens']}; give a smaller batch (--batch), "
+                               "finished replies are kept") from error
             seconds = (time.monotonic() - started) / len(group)
-            for task, tokens in zip(group, found, strict=True):
-                lines[task.row] = {"row": task.row, "predict": model.tokenizer.decode(tokens), "tokens": len(tokens),
-                                   "seconds": seconds}
-                partial.write(json.dumps(lines[task.row]) + "\n")
-            partial.flush()
+            place.add([{"row": task.row, "predict": model.tokenizer.decode(tokens), "tokens": len(tokens),
+                        "seconds": seconds} for task, tokens in zip(group, found, strict=True)])
             done(len(group))
-    whole = [{"prompt": model.tokenizer.decode(task.prompt), "predict": lines[task.row]["predict"], "label": task.label,
-              "tokens": lines[task.row]["tokens"]} for task in tasks]
+    lines = [place.lines[task.row] for task in tasks]
+    tokens, seconds = (sum(line[name] for line in lines) for name in ("tokens", "seconds"))
     room = [min(sampling["max_new_tokens"], model.config.longest_row[0] - len(task.prompt)) for task in tasks]
-    tokens, seconds = (sum(lines[task.row][name] for task in tasks) for name in ("tokens", "seconds"))
     figures = {"predict_samples": len(tasks), "predict_tokens": tokens, "predict_runtime": round(seconds, 4),
-               "predict_cut": sum(line["tokens"] >= most for line, most in zip(whole, room, strict=True)),
+               "predict_cut": sum(line["tokens"] >= most for line, most in zip(lines, room, strict=True)),
                "predict_samples_per_second": round(len(tasks) / seconds, 4),
                "predict_tokens_per_second": round(tokens / seconds, 4)}
-    settings = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
-    log.write_whole(out / SETTINGS, json.dumps(settings | {"figures": figures}).encode())
-    log.write_whole(out / REPLIES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in whole).encode())
-    (out / PARTIAL).unlink()
+    place.finish([{"prompt": model.tokenizer.decode(task.prompt), "predict": line["predict"], "label": task.label,
+                   "tokens": line["tokens"]} for task, line in zip(tasks, lines, strict=True)], figures)
 
 
 def _saved(path: Path) -> dict[int, dict]:

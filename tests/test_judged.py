@@ -1,21 +1,22 @@
 """`kjax eval` and `kjax predict`: the loss is that of training, replies are those of one row alone, and what was
 interrupted goes on."""
 
-import dataclasses
 import importlib
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny
 
 import kjax
-from kjax import cli, judged, metrics
+from kjax import cli, judged, metrics, step
 from kjax import run as runs
 from kjax.config import Config
 from kjax.errors import CheckpointError, ConfigError, DataError, RunError
 from kjax.load import Model
 
+evaluating = importlib.import_module("kjax.evaluate")
 predicting = importlib.import_module("kjax.predict")
 NEW = {"max_new_tokens": 6, "batch": 3}
 
@@ -58,6 +59,12 @@ def test_other_rows_and_settings(job, capsys):
     other = tiny.rows(directory / "other.jsonl", 5, seed=9)
     assert cli.main(["eval", "--run", str(run.directory), "--dataset", str(other), "--gin.Data.limit=3"]) == 0
     assert "rows          3" in capsys.readouterr().out
+    # What the run said of its own rows does not count for others, neither does a bracket in a name for a style.
+    limited = tiny.settings(directory, model__adapter=str(run.adapter), data__limit=2, data__format="messages")
+    assert kjax.evaluate(limited, dataset=other, console=tiny.quiet()).rows == 5
+    console = tiny.quiet()
+    console.print(evaluating.Evaluation("/[v2]model[/x]", 1.0, 0.5, 4, 2, 0, 0))
+    assert "/[v2]model[/x]" in console.file.getvalue()
     arguments = ["eval", "--model", str(directory / "model"), "--dataset", str(other), "--json"]
     assert cli.main([*arguments, "--gin.Model.dtype='float32'"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -85,7 +92,7 @@ def test_the_template_is_that_of_training(job, tmp_path):
 
 
 @pytest.mark.variant
-def test_what_cannot_be_evaluated(job, tmp_path):
+def test_what_cannot_be_evaluated(job, tmp_path, monkeypatch, capsys):
     directory, run = job
     settings = tiny.settings(directory, data__val_size=0.0)
     with pytest.raises(DataError, match="no rows to evaluate on: name a dataset"):
@@ -94,14 +101,11 @@ def test_what_cannot_be_evaluated(job, tmp_path):
         kjax.evaluate(settings, base=True, dataset=directory / "rows.jsonl")
     with pytest.raises(RunError, match="not a run directory"):
         kjax.evaluate(tmp_path)
-    with kjax.load(tiny.model(tmp_path / "other"), dtype="float32") as model:
-        with pytest.raises(ConfigError, match="the loaded model is .*other, the settings name"):
-            kjax.evaluate(run, model=model)
-        model.params["norm"]["weight"] = model.params["norm"]["weight"] * float("nan")
-        alike = dataclasses.replace(tiny.settings(directory, data__val_size=8.0), model=tiny.settings(
-            directory, model__directory=str(model.directory)).model)
-        with pytest.raises(RunError, match="a loss of nan"):
-            kjax.evaluate(alike, model=model, console=tiny.quiet())
+    assert cli.main(["eval", "--model", str(directory / "model"), "--gin.Data.val_size=3"]) == 2
+    assert "name a dataset (--dataset FILE)" in capsys.readouterr().err
+    monkeypatch.setattr(evaluating, "_score", lambda *_: step.Score(float("nan"), 1.0, 0.0))
+    with pytest.raises(RunError, match="a loss of nan; try Model.dtype"):
+        kjax.evaluate(run, console=tiny.quiet())
 
 
 def replies(directory):
@@ -163,7 +167,7 @@ def test_an_interrupted_call_goes_on(job, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.variant
-def test_predictions_are_not_mixed_or_lost(job, tmp_path):
+def test_predictions_are_not_mixed_or_lost(job, tmp_path, monkeypatch):
     _, run = job
     out = tmp_path / "out"
     kjax.predict(run, out, console=tiny.quiet(), **NEW)
@@ -172,7 +176,11 @@ def test_predictions_are_not_mixed_or_lost(job, tmp_path):
         kjax.predict(run, out, base=True, **NEW)
     with pytest.raises(RunError, match="other: max_new_tokens"):
         kjax.predict(run, out, max_new_tokens=7, batch=3)
-    assert replies(out) == before
+    with pytest.raises(RunError, match="other: adapter"):  # and a call that fails takes nothing away
+        kjax.predict(run, out, base=True, **NEW)
+    monkeypatch.setattr(judged, "load", lambda *_, **__: pytest.fail("the replies are there"))
+    assert kjax.predict(run, out, console=tiny.quiet(), max_new_tokens=6, batch=5).replies == before
+    monkeypatch.undo()
     kjax.predict(run, out, base=True, overwrite=True, console=tiny.quiet(), **NEW)
     assert replies(out) != before
     (tmp_path / "mine").mkdir()
@@ -181,9 +189,48 @@ def test_predictions_are_not_mixed_or_lost(job, tmp_path):
         with pytest.raises(RunError, match="holds no predictions; give a new directory"):
             kjax.predict(run, tmp_path / "mine", overwrite=overwrite, **NEW)
     lines = (out / predicting.REPLIES).read_text().splitlines(keepends=True)
-    (out / predicting.REPLIES).write_text("".join(lines[1:]))
-    with pytest.raises(RunError, match="does not hold the rows"):
+    for damaged, said in (("".join(lines[1:]), "does not hold the rows"), ("".join(lines)[:-9], "cannot be read")):
+        (out / predicting.REPLIES).write_text(damaged)
+        with pytest.raises(RunError, match=f"{said}.*--overwrite makes it anew"):
+            kjax.predict(run, out, base=True, **NEW)
+    found = kjax.predict(run, out, base=True, overwrite=True, console=tiny.quiet(), **NEW)
+    assert "".join(lines) == (out / predicting.REPLIES).read_text() and len(found.replies) == 8
+    (out / predicting.SETTINGS).write_text('{"identity": ["a"]}')
+    with pytest.raises(RunError, match="something else"):
         kjax.predict(run, out, base=True, **NEW)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="file/below: Not a directory"):
+        kjax.predict(run, tmp_path / "file" / "below", **NEW)
+
+
+def test_texts_with_line_breaks_of_all_kinds(job, tmp_path, monkeypatch):
+    directory, run = job
+    odd = "one\u2028two\x85three\nfour\r\nfive\x0c"
+    (directory / "odd.jsonl").write_text(json.dumps({"instruction": odd, "output": odd}) + "\n")
+    monkeypatch.setattr(Model, "tokens_of_all", lambda self, prompts, *_, **__: [self.tokenizer.encode(odd)])
+    for _ in range(2):
+        (line,) = kjax.predict(run, tmp_path / "out", dataset=directory / "odd.jsonl", console=tiny.quiet(),
+                               **NEW).replies
+        assert line["predict"] == line["label"] == odd and odd in line["prompt"]
+
+
+def test_a_call_that_ran_out_of_memory_can_be_mended(job, tmp_path, monkeypatch):
+    _, run = job
+    original, sizes = Model.tokens_of_all, []
+
+    def failing(self, prompts, *args, **kwargs):
+        sizes.append(len(prompts))
+        if len(prompts) > 3 or len(sizes) == 3:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+        return original(self, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(Model, "tokens_of_all", failing)
+    with pytest.raises(RunError, match="memory ran out for 4 rows with prompts of up to .*--batch"):
+        kjax.predict(run, tmp_path / "out", max_new_tokens=6, batch=4)
+    with pytest.raises(RunError, match="memory ran out for 3 rows"):
+        kjax.predict(run, tmp_path / "out", max_new_tokens=6, batch=3)
+    found = kjax.predict(run, tmp_path / "out", max_new_tokens=6, batch=2, console=tiny.quiet())
+    assert sizes == [4, 3, 3, 2, 2, 2] and found.results["predict_samples"] == 8, "three were kept"
 
 
 def test_choices_and_a_missing_package(job, tmp_path, monkeypatch):
@@ -209,7 +256,8 @@ def test_choices_and_a_missing_package(job, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [
-    ({"batch": 0}, ConfigError, "batch = 0"), ({"temperature": -1.0}, ConfigError, "temperature"),
+    ({"batch": 0}, ConfigError, "batch = 0"), ({"batch": 2.5}, ConfigError, "batch = 2.5"),
+    ({"score": "bleu"}, ConfigError, "score = 'bleu'"), ({"temperature": -1.0}, ConfigError, "temperature"),
     ({"thinking": True}, ConfigError, "does not ask whether a reply may reason"),
     ({"adapter": "gone"}, CheckpointError, "gone/adapter_config.json: No such file"),
 ])  # fmt: skip

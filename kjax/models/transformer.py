@@ -52,6 +52,12 @@ class Cache:
                   for stack, n in stacks.items() if n}
         return cls(layers, jnp.zeros((rows, places), jnp.int32), jnp.zeros((), jnp.int32))
 
+    def with_places(self, places: int) -> "Cache":
+        """The same tokens with room for `places`, at least as many as now."""
+        more = places - self.segments.shape[1]
+        layers = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, more)] + [(0, 0)] * (a.ndim - 3)), self.layers)
+        return self.replace(layers=layers, segments=jnp.pad(self.segments, [(0, 0), (0, more)]))
+
 
 def in_micro_batches(f, micro_rows: int | None, x, tokens: Tokens):
     """f(x, tokens) over groups of rows: the activations of one group exist at a time, in the backward pass too.
@@ -65,6 +71,16 @@ def in_micro_batches(f, micro_rows: int | None, x, tokens: Tokens):
         raise ConfigError(f"micro_rows = {micro_rows} does not divide the {rows} rows of the batch")
     groups = jax.tree.map(lambda a: a.reshape(-1, micro_rows, *a.shape[1:]), (x, tokens))
     return jax.lax.map(lambda group: jax.checkpoint(f, prevent_cse=False)(*group), groups).reshape(x.shape)
+
+
+def row_by_row(f, inputs):
+    """f over arrays [B,T,...] and what belongs to their rows. Several rows of several tokens go one after another: the
+    scores of T tokens with all places of a cache exist for one row at a time."""
+    rows, length = inputs[0].shape[:2]
+    if rows == 1 or length == 1:
+        return f(inputs)
+    out = jax.lax.map(f, jax.tree.map(lambda a: a[:, None], inputs))
+    return jax.tree.map(lambda a: a[:, 0], out)
 
 
 class Layer(Parts):
@@ -87,8 +103,12 @@ class Layer(Parts):
                 return x + attend(w, c, rms_norm(x, norm, c.rms_norm_eps), tokens)
             x = in_micro_batches(attention, self.micro_rows, x, tokens)
         else:
-            o, cache = attend_cached(w, c, rms_norm(x, norm, c.rms_norm_eps), tokens, cache, key_segments, start)
-            x = x + o
+            def attention(inputs):
+                x, tokens, cache, key_segments = inputs
+                o, cache = attend_cached(w, c, rms_norm(x, norm, c.rms_norm_eps), tokens, cache, key_segments, start)
+                return x + o, cache
+
+            x, cache = row_by_row(attention, (x, tokens, cache, key_segments))
 
         h = rms_norm(x, Norm(c.hidden_size, self.dtype, name="post_attention_layernorm")(), c.rms_norm_eps)
         if not self.sparse:
