@@ -11,11 +11,11 @@ import kjax.generate
 from kjax.errors import ConfigError, DataError, RunError
 from kjax.generate import LONG, Generator, TextStream, cache_places, chunks, sample
 from kjax.load import load
-from kjax.models import ModelConfig, Transformer, unembed
+from kjax.models import Cache, ModelConfig, Transformer, unembed
 
 # All prompts here fit into chunks of 16 and a cache of 128: few compilations.
 SHORT = {"max_position_embeddings": 50}
-CONTENT = {"v2": V2 | SHORT, "v3": V3 | SHORT | {"rope_scaling": CASES["v3"]["rope_scaling"]}}
+CONTENT = {"v2": V2 | SHORT, "v3": V3 | SHORT | {"rope_scaling": CASES["v3"]["rope_scaling"]}, "long": V3}
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +39,14 @@ def v2():
     return generator(CONTENT["v2"])
 
 
-@pytest.mark.parametrize("family", ["v3", "v2"])
-@pytest.mark.parametrize("length", [1, 37])
+@pytest.fixture(scope="module")
+def long():
+    return generator(CONTENT["long"])
+
+
+@pytest.mark.parametrize(("family", "length"), [("v3", 1), ("v3", 37), ("v2", 1), ("v2", 37), ("long", 123)])
 def test_greedy_is_the_argmax_of_a_whole_forward(request, family, length):
-    """37 tokens are three chunks of 16, the first padded."""
+    """37 tokens are three chunks of 16, the first padded; 123 fill the first places, and a reply needs more."""
     run, variables = request.getfixturevalue(family)
     prompt = list(np.random.default_rng(length).integers(0, 96, length))
     tokens = list(run.tokens(variables, prompt, 8))
@@ -173,6 +177,19 @@ def test_prompts_in_company_continue_as_alone(request, family):
         cut = list(run.tokens(variables, full, 12))
     assert together(run, variables, [prompts[0], full], 12) == [alone[0], cut]
     assert together(run, variables, prompts, 12, stop=set(range(96))) == [[], [], []]
+
+
+def test_prompts_in_company_take_the_memory_of_one(v3):
+    """Of scores with many places, that is, several MB here; what grows with the rows is the cache, a third of that."""
+    run, variables = v3
+
+    def needed(rows: int) -> int:
+        cache, keys = Cache.empty(run.model.config, rows, 4096, jnp.float32), jax.random.split(jax.random.key(0), rows)
+        arguments = (np.zeros((rows, 16), np.int32), np.zeros(rows, np.int32), np.ones(rows, bool), keys, np.int32(0),
+                     np.float32(0), np.float32(1))
+        return run._advance.lower(variables, cache, *arguments).compile().memory_analysis().temp_size_in_bytes
+
+    assert needed(8) < 4 * needed(1)
 
 
 def test_prompts_draw_by_their_number(v3):

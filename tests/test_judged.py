@@ -189,7 +189,9 @@ def test_predictions_are_not_mixed_or_lost(job, tmp_path, monkeypatch):
         with pytest.raises(RunError, match="holds no predictions; give a new directory"):
             kjax.predict(run, tmp_path / "mine", overwrite=overwrite, **NEW)
     lines = (out / predicting.REPLIES).read_text().splitlines(keepends=True)
-    for damaged, said in (("".join(lines[1:]), "does not hold the rows"), ("".join(lines)[:-9], "cannot be read")):
+    first = json.dumps(json.loads(lines[0]) | {"predict": 5}) + "\n"
+    for damaged, said in (("".join(lines[1:]), "does not hold the rows"), ("".join(lines)[:-9], "cannot be read"),
+                          (first + "".join(lines[1:]), "does not hold the rows")):
         (out / predicting.REPLIES).write_text(damaged)
         with pytest.raises(RunError, match=f"{said}.*--overwrite makes it anew"):
             kjax.predict(run, out, base=True, **NEW)
@@ -225,12 +227,29 @@ def test_a_call_that_ran_out_of_memory_can_be_mended(job, tmp_path, monkeypatch)
         return original(self, prompts, *args, **kwargs)
 
     monkeypatch.setattr(Model, "tokens_of_all", failing)
-    with pytest.raises(RunError, match="memory ran out for 4 rows with prompts of up to .*--batch"):
-        kjax.predict(run, tmp_path / "out", max_new_tokens=6, batch=4)
+    for new in (7, 6):  # a call that has made nothing does not stand in the way of others
+        sizes.clear()
+        with pytest.raises(RunError, match=f"memory ran out for 4 rows with prompts of up to .* of {new}; .*--batch"):
+            kjax.predict(run, tmp_path / "out", max_new_tokens=new, batch=4)
     with pytest.raises(RunError, match="memory ran out for 3 rows"):
         kjax.predict(run, tmp_path / "out", max_new_tokens=6, batch=3)
     found = kjax.predict(run, tmp_path / "out", max_new_tokens=6, batch=2, console=tiny.quiet())
     assert sizes == [4, 3, 3, 2, 2, 2] and found.results["predict_samples"] == 8, "three were kept"
+
+
+def test_only_replies_of_the_same_are_gone_on_from(tmp_path):
+    mine, other = {"rows": "a", "seed": 0}, {"rows": "a", "seed": 1}
+    place = predicting.Place(tmp_path, mine, False)
+    place.begin()
+    place.add([{"row": 3, "predict": "x", "tokens": 1, "seconds": 0.5}])
+    for overwrite in (False, True):
+        assert list(predicting.Place(tmp_path, mine, overwrite).lines) == [3]
+    with pytest.raises(RunError, match="other: seed"):
+        predicting.Place(tmp_path, other, False)
+    anew = predicting.Place(tmp_path, other, True)
+    assert not anew.lines
+    anew.begin()
+    assert not predicting.Place(tmp_path, other, False).lines, "those of the other are gone"
 
 
 def test_choices_and_a_missing_package(job, tmp_path, monkeypatch):
@@ -242,6 +261,12 @@ def test_choices_and_a_missing_package(job, tmp_path, monkeypatch):
                         [self.tokenizer.encode("The answer is B.")] * len(prompts))
     found = kjax.predict(run, tmp_path / "choices", dataset=questions, console=tiny.quiet(), **NEW)
     assert (found.results["predict_accuracy"], found.results["predict_answered"]) == (25.0, 100.0)
+    # Where the template begins the reasoning, what does not end it is no answer.
+    template = tmp_path / "reasons.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>\n' if add_generation_prompt }}")
+    reasons = tiny.settings(directory, data__template=str(template))
+    found = kjax.predict(reasons, tmp_path / "reasons", dataset=questions, console=tiny.quiet(), **NEW)
+    assert (found.results["predict_accuracy"], found.results["predict_answered"]) == (0.0, 0.0)
     monkeypatch.setitem(metrics.PACKAGES, "no_such_module", "no-such-package")
     console = tiny.quiet()
     found = kjax.predict(run, tmp_path / "text", console=console, **NEW)
