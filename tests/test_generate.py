@@ -1,5 +1,6 @@
 """Generation: cached decoding equals whole forward passes and transformers; sampling, stopping, streaming."""
 
+import family_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import kjax.generate
 from kjax.errors import ConfigError, DataError, RunError
 from kjax.generate import LONG, Generator, TextStream, cache_places, chunks, sample
 from kjax.load import load
-from kjax.models import Cache, ModelConfig, Transformer, unembed
+from kjax.models import Cache, ModelConfig, Transformer, abstract_params, unembed
 
 # All prompts here fit into chunks of 16 and a cache of 128: few compilations.
 SHORT = {"max_position_embeddings": 50}
@@ -177,6 +178,17 @@ def test_prompts_in_company_continue_as_alone(request, family):
         cut = list(run.tokens(variables, full, 12))
     assert together(run, variables, [prompts[0], full], 12) == [alone[0], cut]
     assert together(run, variables, prompts, 12, stop=set(range(96))) == [[], [], []]
+
+
+@pytest.mark.parametrize("content", [V3, family_cases.content("qwen3_moe", 0)], ids=["mla", "gqa"])
+def test_prompts_in_company_in_bfloat16(content):
+    """XLA's CPU backend refuses some products of bf16 with fp32 results when they run, and only for several rows."""
+    config = ModelConfig.from_json(content)
+    params = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), random_params(content),
+                          abstract_params(config, "bfloat16", "device"))
+    run = Generator(Transformer(config, dtype=jnp.bfloat16), config.vocab_size)
+    found = together(run, {"params": params}, [[1, 2, 3], list(range(40)), [7]], 3)
+    assert [len(tokens) for tokens in found] == [3, 3, 3]
 
 
 def test_prompts_in_company_take_the_memory_of_one(v3):

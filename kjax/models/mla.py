@@ -77,7 +77,10 @@ def attend_absorbed(w, config: ModelConfig, q_nope, q_rope, c, k_rope, mask):
     q = jnp.einsum("bthc,hcr->bthr", q_nope, w_k)
     scores = (jnp.einsum("bthr,bsr->bhts", q, c, preferred_element_type=f32)
               + jnp.einsum("bthp,bsp->bhts", q_rope, k_rope, preferred_element_type=f32))
-    return jnp.einsum("bthr,hvr->bthv", attend("bhts,bsr->bthr", softmax_scale(config), scores, mask, c), w_v)
+    # All heads share one value, as in grouped queries. Without that one group, g, XLA's CPU backend (of jaxlib 0.10.2)
+    # ends for several rows of bf16 with "UNIMPLEMENTED: Unsupported element type for DotThunk".
+    o = attend("bghts,bsgr->btghr", softmax_scale(config), scores[:, None], mask, c[:, :, None])
+    return jnp.einsum("bthr,hvr->bthv", o[:, :, 0], w_v)
 
 
 def mla(w, config: ModelConfig, x, tokens: Tokens):
