@@ -105,8 +105,12 @@ def predict(which: judged.Which, out: str | os.PathLike, *, base: bool = False,
         place = Place(out, _identity(config, files, tasks, sampling), overwrite)
     if not place.finished:
         with judged.opened(config) as model:
-            place.begin()
-            _reply(model, tasks, place, sampling, batch, console)
+            try:
+                place.begin()
+                _reply(model, tasks, place, sampling, batch, console)
+            except OSError as error:
+                raise RunError(f"{out}: cannot be written ({error.strerror or error}); finished replies are kept: mend "
+                               "it and give the same command") from error
     replies, figures = place.read(tasks)
     results = {}
     if lacking:

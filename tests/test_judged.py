@@ -237,6 +237,16 @@ def test_a_call_that_ran_out_of_memory_can_be_mended(job, tmp_path, monkeypatch)
     assert sizes == [4, 3, 3, 2, 2, 2] and found.results["predict_samples"] == 8, "three were kept"
 
 
+def test_a_full_disk_is_told(job, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(predicting.Place, "add", full)
+    monkeypatch.setattr(Model, "tokens_of_all", lambda self, prompts, *_, **__: [[5]] * len(prompts))
+    with pytest.raises(RunError, match="out: cannot be written .No space left on device.; finished replies are kept"):
+        kjax.predict(job[1], tmp_path / "out", **NEW)
+
+
 def test_only_replies_of_the_same_are_gone_on_from(tmp_path):
     mine, other = {"rows": "a", "seed": 0}, {"rows": "a", "seed": 1}
     place = predicting.Place(tmp_path, mine, False)
