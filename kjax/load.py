@@ -191,14 +191,18 @@ class Model:
                                        seed=seed, stop=self._stops())
 
     def tokens_of_all(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 0.0,
-                      top_p: float = 1.0, seed: int = 0, rows: Sequence[int] | None = None) -> list[list[int]]:
+                      top_p: float = 1.0, seed: int = 0, rows: Sequence[int] | None = None,
+                      told: Callable[[int], object] = lambda number: None) -> list[list[int]]:
         """As `tokens`, for prompts that are continued together, which reads the experts' weights once for all of
-        them; rows: numbers by which they draw, so that company does not change what a prompt draws."""
+        them; rows: numbers by which they draw, so that company does not change what a prompt draws; told of the number
+        of tokens each time that there is one more."""
         found: list[list[int]] = [[] for _ in prompts]
         if not found:
             return found
-        for step in self._generate().batch(self.variables, prompts, max_new_tokens, temperature=temperature,
-                                           top_p=top_p, seed=seed, stop=self._stops(), rows=rows):
+        steps = self._generate().batch(self.variables, prompts, max_new_tokens, temperature=temperature, top_p=top_p,
+                                       seed=seed, stop=self._stops(), rows=rows)
+        for number, step in enumerate(steps, 1):
+            told(number)
             for tokens, token in zip(found, step, strict=True):
                 if token is not None:
                     tokens.append(token)

@@ -241,8 +241,9 @@ def _reply(model: Model, tasks: Sequence[Task], place: Place, sampling: dict, ba
         for group in groups:
             started = time.monotonic()
             try:
-                found = model.tokens_of_all([task.prompt for task in group], rows=[task.row for task in group],
-                                            **sampling)
+                found = model.tokens_of_all(
+                    [task.prompt for task in group], rows=[task.row for task in group], **sampling,
+                    told=lambda number: done(0, f"token {number:,} of up to {sampling['max_new_tokens']:,}"))
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise

@@ -57,24 +57,25 @@ LINE_SECONDS = 10.0  # between two lines where there is no terminal for a bar
 
 
 @contextlib.contextmanager
-def counted(console: Console, title: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
+def counted(console: Console, title: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
     """Progress of a known number of things: a bar on a terminal, a line now and then elsewhere. Yields what is told of
-    each number that has been done; `done` of them were before."""
+    each number that has been done, and in a note of what is being done (number, note=""); `done` were before."""
     if console.is_terminal and not console.is_jupyter:
         with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
                       TimeRemainingColumn(), console=console, transient=True) as bar:
             task = bar.add_task(title, total=total, completed=done)
-            yield lambda number: bar.update(task, advance=number)
+            yield lambda number, note="": bar.update(task, advance=number, description=f"{title} {note}".rstrip())
         return
     first, started, told = done, time.monotonic(), time.monotonic()
 
-    def advance(number: int) -> None:
+    def advance(number: int, note: str = "") -> None:
         nonlocal done, told
         done += number
         now = time.monotonic()
         if done < total and now - told >= LINE_SECONDS:
-            left = (now - started) / (done - first) * (total - done)
-            console.print(f"{title} {done:,}/{total:,} {unit}, remaining {log.clock(left)}", soft_wrap=True)
+            left = (now - started) / (done - first) * (total - done) if done > first else None
+            parts = (f"{title} {done:,}/{total:,} {unit}", note, "" if left is None else f"remaining {log.clock(left)}")
+            console.print(", ".join(part for part in parts if part), soft_wrap=True)
             told = now
 
     yield advance

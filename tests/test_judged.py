@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import kjax
-from kjax import cli, judged, metrics, step
+from kjax import cli, judged, metrics, progress, step
 from kjax import run as runs
 from kjax.config import Config
 from kjax.errors import CheckpointError, ConfigError, DataError, RunError
@@ -114,7 +114,11 @@ def replies(directory):
 
 def test_replies_are_those_of_each_row_alone(job, tmp_path):
     _, run = job
-    found = kjax.predict(run, tmp_path / "out", console=tiny.quiet(), **NEW)
+    console = tiny.quiet()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "LINE_SECONDS", 0.0)
+        found = kjax.predict(run, tmp_path / "out", console=console, **NEW)
+    assert "replying 0/8 rows, token 1 of up to 6" in console.file.getvalue()
     rows = kjax.data.held_out(settings_of(run).data, settings_of(run).train.seed)
     assert [line["label"] for line in found.replies] == [row.messages[-1].content for row in rows]
     assert found.replies == replies(tmp_path / "out") and len(rows) == 8
@@ -312,11 +316,12 @@ def test_a_prompt_that_is_too_long_is_named(job, tmp_path):
 
 
 def test_progress_without_a_terminal(monkeypatch):
-    from kjax import progress
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     console = tiny.quiet()
     with progress.counted(console, "replying", 5, "rows", 2) as done:
+        done(0, "token 7")
         done(1)
         done(2)
-    assert console.file.getvalue().startswith("replying 3/5 rows, remaining 0:00:0")
-    assert console.file.getvalue().count("\n") == 1, "none for the last: what follows tells"
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "replying 2/5 rows, token 7" and lines[1].startswith("replying 3/5 rows, remaining 0:00:0")
+    assert len(lines) == 2, "none for the last: what follows tells"
