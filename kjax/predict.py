@@ -186,8 +186,9 @@ class Place:
         differing = [name for name in identity | before if identity.get(name) != before.get(name)]
         self.finished = not differing and not overwrite and REPLIES in held
         # Of an interrupted call of the same, also of one that was to overwrite: its begin has removed the old replies.
-        self.lines = {} if differing or REPLIES in held else _saved(path / PARTIAL)
-        if differing and not overwrite and (REPLIES in held or _saved(path / PARTIAL)):
+        saved = {} if REPLIES in held else _saved(path / PARTIAL)
+        self.lines = {} if differing else saved
+        if differing and not overwrite and (REPLIES in held or saved):
             raise RunError(f"{path}: holds predictions of something else (other: {', '.join(differing)}); give another "
                            "directory, or --overwrite")
 
