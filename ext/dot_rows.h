@@ -2,7 +2,14 @@
 // Included inside an unnamed namespace after decode_avx512.h.
 
 constexpr int64_t kSums = 16;                // room for the sums of a stored row in dot products, one per operand row
-constexpr int64_t kOperandBytes = 32 << 10;  // of operand rows that stay in L1 while stored rows meet them
+
+// Columns of so many operand rows that stay in L1, 32 KB or more, while stored rows meet them; rows of bf16 take a
+// quarter of it, as they come faster.
+template <Format F>
+inline int64_t operand_depth(int64_t rows) {
+  constexpr int64_t kBytes = F == Format::kBf16 ? 24 << 10 : 32 << 10;
+  return kBytes / static_cast<int64_t>(sizeof(uint16_t)) / rows / kBlock * kBlock;
+}
 
 inline __m512bh as_bf16(__m512i v) { return (__m512bh)v; }
 
@@ -40,11 +47,11 @@ void dot_tile(const uint16_t* a, const Matrix& w, const Tables<F>& tables, int64
 #pragma GCC unroll 4
   for (int j = 0; j < W; ++j) {
     stored[j] = byte_at(F, w, row + (j < n ? j : n - 1), k0);
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int i = 0; i < R; ++i) sum[j][i] = _mm512_setzero_ps();
   }
   const auto multiply = [&](const __m512i(&y)[W]) __attribute__((always_inline)) {
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       const __m512bh x = as_bf16(_mm512_loadu_si512(a + i * 32));
 #pragma GCC unroll 4
@@ -113,7 +120,7 @@ void along_few(const Product& p) {
   const uint16_t* const operands = static_cast<const uint16_t*>(p.a);
   float* const sums = reinterpret_cast<float*>(p.scratch);
   const Tables<F> tables(w, p.strip.first, p.strip.count, 0, w.cols, p.scratch + 2 * kLine * kSums * sizeof(float));
-  along_groups<F, W>(p, kOperandBytes / 2 / most, sums, [&](int64_t stored, int64_t k, int64_t depth, Prefetch& ahead) {
+  along_groups<F, W>(p, operand_depth<F>(p.rows), sums, [&](int64_t stored, int64_t k, int64_t depth, Prefetch& ahead) {
     with_rows<least, most>(p.rows, [&]<int R>() {
       dot_tile<F, R, W>(operands + k * R, w, tables, p.strip.first + stored, p.strip.count - stored, k, depth,
                         sums + stored * kSums, k > 0, ahead);

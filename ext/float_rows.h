@@ -1,9 +1,9 @@
-// Up to four operand rows of the formats whose stored rows have scales: codes become floats in registers, which takes
+// The fewest operand rows of the formats whose stored rows have scales: codes become floats in registers, which takes
 // the fewest instructions, and sums of them are multiplied by the scales of their groups. A dot product of bf16 counts
 // for two of these, but so few rows do not make up for rounding weights to it.
 // Included inside an unnamed namespace after lanes_across.h.
 
-constexpr int64_t kFloatRows = 4;
+constexpr int64_t kFloatRowsAlong = 2, kFloatRows = 4;  // along and across
 
 // How the codes of 128 columns of a stored row become eight vectors of floats.
 //   load(p)          the codes at p, as far as they are loaded at once
@@ -148,17 +148,17 @@ void widen_lines(const uint16_t* from, int64_t rows, int64_t depth, float* to) {
     }
 }
 
-// `least` to `most` operand rows meet W stored rows at a time.
-template <Format F, int W, int least, int most>
+template <Format F>
 void along_floats(const Product& p) {
-  constexpr int64_t kDeepest = kOperandBytes / sizeof(float) / most;
+  constexpr int64_t kDeepest = 4096;  // two rows of floats in 32 KB of L1
+  constexpr int kTogether = 4;        // stored rows
   float* const sums = reinterpret_cast<float*>(p.scratch);
   float* const x = sums + 2 * kLine * kSums;  // up to kDeepest + kBlock columns
-  along_groups<F, W>(p, kDeepest, sums, [&](int64_t stored, int64_t k, int64_t depth, Prefetch& prefetch) {
+  along_groups<F, kTogether>(p, kDeepest, sums, [&](int64_t stored, int64_t k, int64_t depth, Prefetch& prefetch) {
     if (stored == 0) widen_lines<F>(static_cast<const uint16_t*>(p.a) + k * p.rows, p.rows, depth, x);
-    with_rows<least, most>(p.rows, [&]<int R>() {
-      float_tile<F, R, W>(x, p.strip.matrix, p.strip.first + stored, p.strip.count - stored, k, depth,
-                          sums + stored * kSums, k > 0, prefetch);
+    with_rows<1, kFloatRowsAlong>(p.rows, [&]<int R>() {
+      float_tile<F, R, kTogether>(x, p.strip.matrix, p.strip.first + stored, p.strip.count - stored, k, depth,
+                                  sums + stored * kSums, k > 0, prefetch);
     });
   });
 }

@@ -36,10 +36,10 @@ namespace {
 struct Rows {
   int64_t dot, along, across;
 };
-constexpr Rows kRows[kFormats] = {{12, 28, 12}, {}, {8, 44, 12}, {12, 0, 0}, {4, 32, 12}, {8, 44, 12}};
+constexpr Rows kRows[kFormats] = {{15, 0, 12}, {}, {7, 44, 12}, {12, 0, 0}, {2, 44, 12}, {8, 36, 12}};
 template <Format F>
 constexpr Rows kRowsOf = kRows[static_cast<int>(F)];
-constexpr int64_t kDotRows = 8;
+constexpr int64_t kDotRows = 12;
 constexpr int64_t kDepth = 2048;     // along: reduction per block of tiles of tokens
 constexpr int64_t kTileDepth = 256;  // of it, per visit of the token tiles: 48 tokens are 24 KB of L1; decoded rows
                                      // of one visit are made beside the products of the visit before
@@ -94,10 +94,16 @@ void token_tile(const uint16_t* w, Stride stride, const uint16_t* tokens, int64_
   cursor = beside;
 }
 
-// Tiles of tokens in the packed part of a segment's operand rows, and the rows left over behind it.
-inline int64_t token_tiles(int64_t rows) { return rows <= 20 ? 1 : rows < 32 ? 2 : rows / 16 + (rows % 16 > kDotRows); }
-inline int64_t left_over(int64_t rows) {
-  const int64_t left = rows - 16 * token_tiles(rows);
+// Tiles of tokens in the packed part of a segment's operand rows, and the rows left over behind it. Two tiles hide
+// decoding, one does not.
+template <Format F>
+int64_t token_tiles(int64_t rows) {
+  if (!Decode<F>::kInPlace && rows < 32) return rows <= 20 ? 1 : 2;
+  return rows < 16 ? 1 : rows / 16 + (rows % 16 > kDotRows);
+}
+template <Format F>
+int64_t left_over(int64_t rows) {
+  const int64_t left = rows - 16 * token_tiles<F>(rows);
   return left > 0 ? left : 0;
 }
 
@@ -111,9 +117,10 @@ inline void pack_rows(const uint16_t* from, int64_t lda, int64_t count, int64_t 
 
 // Layout of `along` of many rows: tiles [column block of 32][tile of tokens][16 pairs][16 rows][2], zeros beyond the
 // last row; behind the room of their rows, what is left over as [column block of 32][row][32].
+template <Format F>
 void pack_tokens(const uint16_t* from, int64_t lda, int64_t count, int64_t first, int64_t rows, int64_t k,
                  int64_t depth, uint16_t* packed, int64_t length) {
-  const int64_t tokens = token_tiles(rows), left = left_over(rows);
+  const int64_t tokens = token_tiles<F>(rows), left = left_over<F>(rows);
   for (int64_t r = 0; r < count; r += 16) {
     const uint16_t* const source = from + r * lda;
     const int64_t n = count - r < 16 ? count - r : 16, tile = (first + r) / 16;
@@ -131,7 +138,7 @@ void pack(const void* from, int64_t lda, int64_t count, int64_t first, int64_t r
   uint16_t* const to = static_cast<uint16_t*>(packed);
   if (rows <= kRowsOf<F>.dot) pack_rows(source, lda, count, first, rows, k, depth, to);
   else if (rows <= kRowsOf<F>.along) pack_lanes(source, lda, count, first, rows, k, depth, to, length);
-  else pack_tokens(source, lda, count, first, rows, k, depth, to, length);
+  else pack_tokens<F>(source, lda, count, first, rows, k, depth, to, length);
 }
 
 // What products of no rows cost: their decoding.
@@ -151,7 +158,7 @@ void decode_only(const Product& p) {
 
 template <Format F>
 void along_tokens(const Product& p) {
-  const int64_t tokens = token_tiles(p.rows), left = left_over(p.rows);
+  const int64_t tokens = token_tiles<F>(p.rows), left = left_over<F>(p.rows);
   const Matrix& w = p.strip.matrix;
   constexpr Constant<kTileDepth + 32> kStride;
   uint16_t* const decoded = reinterpret_cast<uint16_t*>(p.scratch);             // this and the next [64][kStride]
@@ -180,10 +187,13 @@ void along_tokens(const Product& p) {
     const auto left_over_rows = [&](const uint16_t* rows, int64_t stride, int64_t at, int64_t n) {
       const Matrix operands{reinterpret_cast<const uint8_t*>(rows), nullptr, p.strip.count, stride};
       const Tables<Format::kBf16> none(operands, 0, 0, 0, 0, nullptr);
+      const int64_t most = operand_depth<F>(left);
       with_rows<1, kDotRows>(left, [&]<int R>() {
-        for (int64_t g = 0; g < p.strip.count; g += 2)
-          dot_tile<Format::kBf16, R, 2>(packed + tokens * 16 * p.lda + at * R, operands, none, g, p.strip.count - g, 0,
-                                        n, left_sums + g * kSums, at > 0, prefetch);
+        for (int64_t i = 0; i < n; i += most)
+          for (int64_t g = 0; g < p.strip.count; g += 2)
+            dot_tile<Format::kBf16, R, 2>(packed + tokens * 16 * p.lda + (at + i) * R, operands, none, g,
+                                          p.strip.count - g, i, n - i < most ? n - i : most, left_sums + g * kSums,
+                                          at + i > 0, prefetch);
       });
     };
     const uint16_t* const stored = reinterpret_cast<const uint16_t*>(byte_at(F, w, p.strip.first, k));
@@ -239,16 +249,13 @@ void along_tokens(const Product& p) {
 template <Format F>
 void along(const Product& p) {
   if (p.rows == 0) return decode_only<F>(p);
-  if constexpr (kRowScales<F>) {
-    if (p.rows <= 2) return along_floats<F, 4, 1, 2>(p);
-    if (p.rows <= kFloatRows) return along_floats<F, 2, 3, kFloatRows>(p);
-  } else if (p.rows <= 4) {
-    return along_few<F, 4, 1, 4>(p);
-  }
-  if constexpr (kRowsOf<F>.dot >= 8)
-    if (p.rows <= 8) return along_few<F, 2, 5, 8>(p);
-  if constexpr (kRowsOf<F>.dot == 12)
-    if (p.rows <= 12) return along_few<F, 2, 9, 12>(p);
+  constexpr int64_t kDot = kRowsOf<F>.dot;
+  if constexpr (kRowScales<F>)
+    if (p.rows <= kFloatRowsAlong) return along_floats<F>(p);
+  if constexpr (kDot >= 4)
+    if (p.rows <= 4) return along_few<F, 4, kRowScales<F> ? kFloatRowsAlong + 1 : 1, 4>(p);
+  if constexpr (kDot > 4)
+    if (p.rows <= kDot) return along_few<F, 2, 5, kDot>(p);
   if constexpr (kRowsOf<F>.along > 0)
     if (p.rows <= kRowsOf<F>.along) return along_lanes<F>(p);
   along_tokens<F>(p);

@@ -3,7 +3,7 @@
 
 constexpr int64_t kAcrossDepth = 256;             // across: a panel of one line of 64 columns is 32 KB of L1
 constexpr int64_t kPanelTick = 4;                 // pairs between two ticks of what runs beside
-constexpr int64_t kFewRows = 16, kFewDepth = 64;  // few rows: a panel of all lines is, so rows are read whole
+constexpr int64_t kFewRows = 12, kFewDepth = 64;  // few rows: a panel of all lines is, so rows are read whole
 
 inline const uint16_t* operands(const Product& p, int64_t row, int64_t k) {
   return static_cast<const uint16_t*>(p.a) + row * p.lda + k;
