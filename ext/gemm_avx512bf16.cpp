@@ -44,6 +44,12 @@ constexpr int64_t kDepth = 2048;     // along: reduction per block of tiles of t
 constexpr int64_t kTileDepth = 256;  // of it, per visit of the token tiles: 48 tokens are 24 KB of L1; decoded rows
                                      // of one visit are made beside the products of the visit before
 
+// The reduction in equal blocks, so that what is asked for ahead of one is no more than it has time for.
+inline int64_t block_depth(int64_t cols) {
+  const int64_t blocks = blocks_of(cols, kDepth);
+  return blocks_of(blocks_of(cols, blocks > 0 ? blocks : 1), kTileDepth) * kTileDepth;
+}
+
 // A number the compiler knows, not of the library, whose code kernel files would share.
 template <int64_t n>
 struct Constant {
@@ -172,11 +178,13 @@ void along_tokens(const Product& p) {
   // scales goes to the other two. A single tile takes turns with decoding, for its loop has no instructions to spare.
   const bool ahead = !Decode<F>::kInPlace && tokens > 1;
   int64_t which = 0;
-  for (int64_t k = 0; k < w.cols; k += kDepth) {
-    const int64_t depth = w.cols - k < kDepth ? w.cols - k : kDepth, steps = (depth + 31) / 32, end = k + depth;
+  const int64_t most = block_depth(w.cols);
+  for (int64_t k = 0; k < w.cols; k += most) {
+    const int64_t depth = w.cols - k < most ? w.cols - k : most, steps = (depth + 31) / 32, end = k + depth;
     const bool more = end < w.cols;
     const Strip& s = more ? p.strip : p.next;
-    const int64_t from = more ? end : 0, n = s.matrix.cols - from < kDepth ? s.matrix.cols - from : kDepth;
+    const int64_t from = more ? end : 0, its = block_depth(s.matrix.cols),
+                  n = s.matrix.cols - from < its ? s.matrix.cols - from : its;
     // In place where the rows are operands already, all of them exist, and so do whole tiles of them.
     const bool in_place = Decode<F>::kInPlace && p.strip.count == groups && depth % 32 == 0;
     const int64_t visits = (tokens + 2) / 3 * groups / 8;
@@ -187,20 +195,20 @@ void along_tokens(const Product& p) {
     const auto left_over_rows = [&](const uint16_t* rows, int64_t stride, int64_t at, int64_t n) {
       const Matrix operands{reinterpret_cast<const uint8_t*>(rows), nullptr, p.strip.count, stride};
       const Tables<Format::kBf16> none(operands, 0, 0, 0, 0, nullptr);
-      const int64_t most = operand_depth<F>(left);
+      const int64_t together = operand_depth<F>(left);
       with_rows<1, kDotRows>(left, [&]<int R>() {
-        for (int64_t i = 0; i < n; i += most)
+        for (int64_t i = 0; i < n; i += together)
           for (int64_t g = 0; g < p.strip.count; g += 2)
             dot_tile<Format::kBf16, R, 2>(packed + tokens * 16 * p.lda + (at + i) * R, operands, none, g,
-                                          p.strip.count - g, i, n - i < most ? n - i : most, left_sums + g * kSums,
-                                          at + i > 0, prefetch);
+                                          p.strip.count - g, i, n - i < together ? n - i : together,
+                                          left_sums + g * kSums, at + i > 0, prefetch);
       });
     };
     const uint16_t* const stored = reinterpret_cast<const uint16_t*>(byte_at(F, w, p.strip.first, k));
     for (int64_t i = 0, n; i < depth; i += n) {
       const auto whole = [&](int64_t at, int64_t end) {
-        const int64_t most = at == 0 && ahead ? kBlock : kTileDepth;  // nothing hides the first decoding
-        return end - at < most ? end - at : most;
+        const int64_t visit = at == 0 && ahead ? kBlock : kTileDepth;  // nothing hides the first decoding
+        return end - at < visit ? end - at : visit;
       };
       const int64_t at = k + i;
       n = whole(at, end);
@@ -226,7 +234,7 @@ void along_tokens(const Product& p) {
       if (at == 0 || !ahead) decode_rows(w, tables, p.strip.first, p.strip.count, at, n, rows, kStride, prefetch);
       if (ahead) {
         which = 1 - which;
-        const int64_t next = at + n, next_end = next < end ? end : w.cols - end < kDepth ? w.cols : end + kDepth;
+        const int64_t next = at + n, next_end = next < end ? end : w.cols - end < most ? w.cols : end + most;
         RowsAhead<F> beside(w, tables, p.strip.first, next < w.cols ? p.strip.count : 0, next, whole(next, next_end),
                             decoded + which * kLine * kStride, kStride, visits * ((n + 31) / 32), prefetch);
         multiply_all(rows, kStride, beside);
