@@ -36,7 +36,7 @@ namespace {
 struct Rows {
   int64_t dot, along, across;
 };
-constexpr Rows kRows[kFormats] = {{15, 0, 12}, {}, {7, 44, 12}, {12, 0, 0}, {2, 44, 12}, {8, 36, 12}};
+constexpr Rows kRows[kFormats] = {{15, 0, 12}, {}, {7, 44, 12}, {12, 0, 0}, {2, 44, 12}, {8, 44, 12}};
 template <Format F>
 constexpr Rows kRowsOf = kRows[static_cast<int>(F)];
 constexpr int64_t kDotRows = 12;

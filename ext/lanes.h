@@ -2,23 +2,56 @@
 // the two ports of the dot products alone, and without storing what was decoded, for a store takes as long as two of
 // them. Included inside an unnamed namespace after panel_across.h.
 
-// 16 stored rows x 64 bytes of columns -> 16 vectors, each with the same 4 bytes of all rows; with `words` each lane of
-// 128 bits has the first 2 bytes of its four rows, then the next 2.
-template <bool words>
-inline void transpose_codes(const uint8_t* p, int64_t step, std::byte* out) {
+// Codes by a table of the low and the high bytes of the 128 magnitudes, signs in the high ones.
+struct LowHigh {
+  __m512i low, high;
+};
+inline __attribute__((always_inline)) LowHigh by_table(__m512i codes, const std::byte* table) {
+  const auto line = [&](int64_t i) { return _mm512_load_si512(table + 64 * i); };
+  const __m512i low = _mm512_permutex2var_epi8(line(0), codes, line(1));
+  const __m512i magnitude = _mm512_permutex2var_epi8(line(2), codes, line(3));
+  return {low, _mm512_ternarylogic_epi32(magnitude, codes, _mm512_set1_epi8(static_cast<char>(0x80)),
+                                         0x78)};  // magnitude ^ (codes & sign)
+}
+
+// A signed byte plus a half is one of 128 magnitudes and a sign, and a bf16: of a negative byte all other bits are
+// flipped, then this is the table. Sums of products begin at minus half the sum of the operands.
+struct HalfTable {
+  alignas(64) uint8_t bytes[256];
+  constexpr HalfTable() : bytes() {
+    for (int i = 0; i < 128; ++i) {
+      const uint32_t bits = __builtin_bit_cast(uint32_t, static_cast<float>(i) + 0.5f);
+      bytes[i] = static_cast<uint8_t>(bits >> 16);
+      bytes[128 + i] = static_cast<uint8_t>(bits >> 24);
+    }
+  }
+};
+constexpr HalfTable kHalfTable{};
+template <Format F>
+constexpr bool kPlusHalf = F == Format::kInt8Group128;  // what `along` transposes
+inline __m512i flip_negative(__m512i codes) {
+  const __m512i most = _mm512_set1_epi8(127);
+  return _mm512_mask_sub_epi8(codes, _mm512_movepi8_mask(codes), most, codes);
+}
+
+// 16 stored rows x 64 bytes of columns -> 16 vectors, each with the same 4 bytes of all rows: each lane of 128 bits has
+// the first 2 bytes of its four rows, then the next 2.
+template <Format F>
+void transpose_codes(const uint8_t* p, int64_t step, std::byte* out) {
   __m512i of[4][4];  // by groups of four rows
 #pragma GCC unroll 4
   for (int g = 0; g < 4; ++g) {
-    const auto row = [&](int64_t i) { return _mm512_loadu_si512(p + (4 * g + i) * step); };
+    const auto row = [&](int64_t i) {
+      const __m512i codes = _mm512_loadu_si512(p + (4 * g + i) * step);
+      return kPlusHalf<F> ? flip_negative(codes) : codes;
+    };
     const __m512i r0 = row(0), r1 = row(1), r2 = row(2), r3 = row(3);
-    const __m512i a = words ? _mm512_unpacklo_epi16(r0, r1) : _mm512_unpacklo_epi32(r0, r1),
-                  b = words ? _mm512_unpackhi_epi16(r0, r1) : _mm512_unpackhi_epi32(r0, r1),
-                  c = words ? _mm512_unpacklo_epi16(r2, r3) : _mm512_unpacklo_epi32(r2, r3),
-                  d = words ? _mm512_unpackhi_epi16(r2, r3) : _mm512_unpackhi_epi32(r2, r3);
-    of[0][g] = words ? _mm512_unpacklo_epi32(a, c) : _mm512_unpacklo_epi64(a, c);
-    of[1][g] = words ? _mm512_unpackhi_epi32(a, c) : _mm512_unpackhi_epi64(a, c);
-    of[2][g] = words ? _mm512_unpacklo_epi32(b, d) : _mm512_unpacklo_epi64(b, d);
-    of[3][g] = words ? _mm512_unpackhi_epi32(b, d) : _mm512_unpackhi_epi64(b, d);
+    const __m512i a = _mm512_unpacklo_epi16(r0, r1), b = _mm512_unpackhi_epi16(r0, r1),
+                  c = _mm512_unpacklo_epi16(r2, r3), d = _mm512_unpackhi_epi16(r2, r3);
+    of[0][g] = _mm512_unpacklo_epi32(a, c);
+    of[1][g] = _mm512_unpackhi_epi32(a, c);
+    of[2][g] = _mm512_unpacklo_epi32(b, d);
+    of[3][g] = _mm512_unpackhi_epi32(b, d);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
@@ -32,78 +65,29 @@ inline void transpose_codes(const uint8_t* p, int64_t step, std::byte* out) {
   }
 }
 
-// Codes by a table of the low and the high bytes of the 128 magnitudes, signs in the high ones.
-struct LowHigh {
-  __m512i low, high;
-};
-inline __attribute__((always_inline)) LowHigh by_table(__m512i codes, const std::byte* table) {
-  const auto line = [&](int64_t i) { return _mm512_load_si512(table + 64 * i); };
-  const __m512i low = _mm512_permutex2var_epi8(line(0), codes, line(1));
-  const __m512i magnitude = _mm512_permutex2var_epi8(line(2), codes, line(3));
-  return {low, _mm512_ternarylogic_epi32(magnitude, codes, _mm512_set1_epi8(static_cast<char>(0x80)),
-                                         0x78)};  // magnitude ^ (codes & sign)
-}
-
-// The bf16 of signed bytes in such a table, the high bytes but for kIntegerHigh: -128 is looked up as 0, whose low byte
-// it shares, and has no magnitude of 7 bits. A shuffle whose indices are magnitudes is zero for it alone.
-constexpr uint8_t kIntegerHigh = 0x43;  // of 128 as bf16
-struct IntegerTable {
-  alignas(64) uint8_t bytes[256];
-  constexpr IntegerTable() : bytes() {
-    for (int i = 0; i < 128; ++i) {
-      const uint32_t bits = __builtin_bit_cast(uint32_t, static_cast<float>(i));
-      bytes[i] = static_cast<uint8_t>(bits >> 16);
-      bytes[128 + i] = static_cast<uint8_t>(bits >> 24) ^ kIntegerHigh;
-    }
-  }
-};
-constexpr IntegerTable kIntegerTable{};
-inline __attribute__((always_inline)) LowHigh by_integer_table(__m512i codes, const std::byte* table) {
-  const auto line = [&](int64_t i) { return _mm512_load_si512(table + 64 * i); };
-  const __m512i magnitudes = _mm512_abs_epi8(codes);
-  const __m512i sign = _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>(0x80)));
-  const __m512i high = _mm512_permutex2var_epi8(line(2), magnitudes, line(3));
-  return {_mm512_permutex2var_epi8(line(0), magnitudes, line(1)),
-          _mm512_ternarylogic_epi32(high, _mm512_shuffle_epi8(_mm512_set1_epi8(kIntegerHigh), magnitudes), sign,
-                                    0x96)};  // of all three, those an odd number of which are set
-}
-
 // How codes of 16 stored rows, as transpose_codes leaves them, become pairs of columns. Where rows have
 // scales, sums are multiplied by them, group by group: multiplying weights in registers, once more for every tile of
 // operand rows, would take longer than decoding them once for all (decode_ahead.h).
 //   kPairs   pairs of columns in a vector of codes
-//   kWords   how transpose_codes is to lay them
 //   load(p, table)   a vector of codes, as far as it is decoded at once
 //   pair(loaded, i)  a vector of bf16 pairs of it; i is known after unrolling
 template <Format F>
 struct Lanes;
 
-template <>
-struct Lanes<Format::kBf16> {
-  static constexpr int64_t kPairs = 1;
-  static constexpr bool kWords = false;
-  static inline __attribute__((always_inline)) __m512i load(const std::byte* p, const std::byte*) {
-    return _mm512_load_si512(p);
-  }
-  static inline __attribute__((always_inline)) __m512i pair(__m512i v, int64_t) { return v; }
-};
-
 // Codes of a byte, by a table of low and one of high bytes.
-template <LowHigh (*look_up)(__m512i, const std::byte*)>
 struct ByteLanes {
   static constexpr int64_t kPairs = 2;
-  static constexpr bool kWords = true;
   static inline __attribute__((always_inline)) LowHigh load(const std::byte* p, const std::byte* table) {
-    return look_up(_mm512_load_si512(p), table);
+    return by_table(_mm512_load_si512(p), table);
   }
   static inline __attribute__((always_inline)) __m512i pair(const LowHigh& v, int64_t i) {
     return i ? _mm512_unpackhi_epi8(v.low, v.high) : _mm512_unpacklo_epi8(v.low, v.high);
   }
 };
 template <>
-struct Lanes<Format::kFp8Block> : ByteLanes<by_table> {};
+struct Lanes<Format::kFp8Block> : ByteLanes {};
 template <>
-struct Lanes<Format::kInt8Group128> : ByteLanes<by_integer_table> {};
+struct Lanes<Format::kInt8Group128> : ByteLanes {};
 
 // The bf16 of 16 codes, twice: a look-up takes five bits, of which the fifth is the next code's.
 struct NibbleTable {
@@ -117,7 +101,6 @@ constexpr NibbleTable kNibbleTable{};
 template <>
 struct Lanes<Format::kInt4Group32> {
   static constexpr int64_t kPairs = 4;
-  static constexpr bool kWords = true;
   struct Codes {
     __m512i codes;
     const std::byte* table;
@@ -162,7 +145,11 @@ struct LaneSums {
         of[0][i][j] = add ? _mm512_loadu_ps(c + i * ldc + j * 16) : _mm512_setzero_ps();
       }
   }
-  LaneSums() : LaneSums(nullptr, 0, false) {}
+  // A number for each row to begin with; null: zeros.
+  inline __attribute__((always_inline)) explicit LaneSums(const float* start) : LaneSums(nullptr, 0, false) {
+#pragma GCC unroll 12
+    for (int i = 0; start && i < R; ++i) of[0][i][0] = of[0][i][1] = _mm512_set1_ps(start[i]);
+  }
   // Pair `q` of the rows at x [R][2], times two vectors of pairs.
   inline __attribute__((always_inline)) void multiply(int64_t q, const uint16_t* x, const __m512i (&y)[2]) {
 #pragma GCC unroll 12

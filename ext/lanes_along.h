@@ -37,15 +37,31 @@ void transpose_scales(const Matrix& w, int64_t row, int64_t rows, int64_t col, i
   }
 }
 
+// -1/2 times the sums of packed operand rows [pairs][rows][2] over each 128 columns of a visit -> [groups][rows].
+inline void minus_halves(const uint16_t* a, int64_t rows, int64_t pairs, float* out) {
+  constexpr int64_t kGroup = kBlock / 2;
+  const __m512bh half = as_bf16(word(0xbf00));  // of -1/2
+  const __mmask16 lanes = first_lanes(rows);
+  for (; pairs > 0; pairs -= kGroup, out += rows) {
+    __m512 sum[4] = {};
+    for (int64_t n = pairs < kGroup ? pairs : kGroup; n > 0; n -= 4)  // a multiple: operand rows are padded
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i, a += 2 * rows)
+        sum[i] = _mm512_dpbf16_ps(sum[i], as_bf16(_mm512_maskz_loadu_epi32(lanes, a)), half);
+    _mm512_mask_storeu_ps(out, lanes, _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+  }
+}
+
 // C [R, 32] (+)= A [pairs][R][2] x codes [2][vectors][16 stored rows], with scales [groups][64 stored rows] of the
-// first of these rows on where sums have them.
+// first of these rows on where sums have them, and what these begin with, [groups][R] or null.
 template <Format F, int R>
 void lane_tile(const uint16_t* a, const std::byte* codes, int64_t codes_step, int64_t pairs, const std::byte* table,
-               const float* scales, float* c, int64_t ldc, bool add, Prefetch& cursor) {
+               const float* scales, const float* starts, float* c, int64_t ldc, bool add, Prefetch& cursor) {
   Prefetch prefetch = cursor;
   constexpr int64_t P = Lanes<F>::kPairs, kWhole = kScaledColumns<F> / 2;
   LaneSums<R> sums(c, ldc, add && !kRowScales<F>);
   for (int64_t k = 0; k < pairs; k += kWhole) {
+    if constexpr (kRowScales<F>) sums = LaneSums<R>(kPlusHalf<F> ? starts : nullptr);
     for (int64_t n = pairs - k < kWhole ? pairs - k : kWhole; n > 0; n -= P) {
       prefetch.tick();
       __asm__("" : "+r"(table));  // its lines are read again and again: sums need the registers
@@ -60,8 +76,8 @@ void lane_tile(const uint16_t* a, const std::byte* codes, int64_t codes_step, in
     }
     if constexpr (kRowScales<F>) {
       sums.store_scaled(scales, c, ldc, add || k > 0);
-      sums = LaneSums<R>();
       scales += kLine;
+      if constexpr (kPlusHalf<F>) starts += R;
     } else {
       table += Decode<F>::kTableBytes;
     }
@@ -77,7 +93,9 @@ void along_lanes(const Product& p) {
   std::byte* const codes = p.scratch;                                       // [4][vectors][64]
   std::byte* const spare = codes + kLine * kBytes;
   float* const scales = reinterpret_cast<float*>(spare + kLine * kBytes);  // [groups of columns][64]
-  std::byte* const room = spare + kLine * (kBytes + kLanesDepth / 32 * sizeof(float));
+  constexpr int64_t kGroups = kLanesDepth / kScaledColumns<F>;
+  float* const starts = scales + kLine * (kLanesDepth / 32);  // [groups of columns][rows]
+  std::byte* const room = reinterpret_cast<std::byte*>(starts + (kPlusHalf<F> ? kGroups * kMaxRows : 0));
   const Tables<F> tables(w, p.strip.first, p.strip.count, 0, w.cols, room);
   const int64_t parts = (p.rows + kLaneRows - 1) / kLaneRows;
   for (int64_t k = 0; k < w.cols; k += kLanesDepth) {
@@ -101,15 +119,19 @@ void along_lanes(const Product& p) {
     }
     for (int64_t r = 0; r < kLine; r += 16)
       for (int64_t b = 0; b < bytes; b += 64)
-        transpose_codes<Lanes<F>::kWords>(stored + r * step + b, step, codes + r * kBytes + b * 16);
+        transpose_codes<F>(stored + r * step + b, step, codes + r * kBytes + b * 16);
     const std::byte* table = tables.at_block(p.strip.first, k);
-    if constexpr (F == Format::kInt8Group128) table = reinterpret_cast<const std::byte*>(&kIntegerTable);
+    if constexpr (F == Format::kInt8Group128) table = reinterpret_cast<const std::byte*>(&kHalfTable);
     if constexpr (F == Format::kInt4Group32) table = reinterpret_cast<const std::byte*>(&kNibbleTable);
     if constexpr (kRowScales<F>) transpose_scales<F>(w, p.strip.first, p.strip.count, k, depth, scales);
+    const auto tile = [&](int64_t r, int64_t rows) { return static_cast<const uint16_t*>(p.a) + r * p.lda + k * rows; };
+    if constexpr (kPlusHalf<F>)
+      for_parts<kLaneRows>(
+          p.rows, [&](int64_t r, int64_t n) { minus_halves(tile(r, n), n, pairs, starts + kGroups * r); });
     const auto multiply = [&](int64_t half) {
       for_tiles<kLaneRows>(p.rows, [&]<int R>(int64_t r) {
-        lane_tile<F, R>(static_cast<const uint16_t*>(p.a) + r * p.lda + k * R, codes + half * kBytes, 16 * kBytes,
-                        pairs, table, scales + half, p.c + r * p.ldc + half, p.ldc, p.add || k > 0, prefetch);
+        lane_tile<F, R>(tile(r, R), codes + half * kBytes, 16 * kBytes, pairs, table, scales + half,
+                        starts + kGroups * r, p.c + r * p.ldc + half, p.ldc, p.add || k > 0, prefetch);
       });
     };
     multiply(0);
