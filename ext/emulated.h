@@ -71,6 +71,7 @@ inline float sum(const simde__m512& v) {
 #undef _mm512_reduce_add_ps
 #define _mm512_maskz_loadu_ps(mask, p) (emulated::load_masked<simde__m512, float>(mask, p))
 #define _mm512_maskz_loadu_epi8(mask, p) (emulated::load_masked<simde__m512i, uint8_t>(mask, p))
+#define _mm512_maskz_loadu_epi32(mask, p) (emulated::load_masked<simde__m512i, uint32_t>(mask, p))
 #define _mm256_maskz_loadu_epi8(mask, p) (emulated::load_masked<simde__m256i, uint8_t>(mask, p))
 #define _mm256_maskz_loadu_epi16(mask, p) (emulated::load_masked<simde__m256i, uint16_t>(mask, p))
 #define _mm_maskz_loadu_epi16(mask, p) (emulated::load_masked<simde__m128i, uint16_t>(mask, p))
