@@ -29,10 +29,10 @@ namespace {
 #include "lanes_across.h"
 #include "float_rows.h"
 
-// Up to `dot` rows of a format meet stored rows in dot products, or the first of them floats, then up to `along`, or
-// across stored rows up to `across`, decoded in registers: where these were the fastest of two threads reading from memory, D 2048. Of many
-// rows, the dot kernel takes what is left over after whole tiles of 16 tokens, up to kDotRows; more are padded to a
-// tile.
+// Up to `dot` rows of a format meet stored rows in dot products, or the first of them floats, then up to `along` rows,
+// or across stored rows up to `across`, weights decoded in registers: where these are the fastest on Zen 4 and near it
+// by the tables of Zen 5 (docs/zen4.md, docs/performance.md). Of many rows, the dot kernel takes what is left over
+// after whole tiles of 16 tokens, up to kDotRows; more are padded to a tile.
 struct Rows {
   int64_t dot, along, across;
 };
