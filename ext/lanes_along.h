@@ -1,7 +1,7 @@
 // Along stored rows, 16 of them in the lanes: their codes are transposed, decoded in registers and met by broadcast
 // operand rows. Included inside an unnamed namespace after lanes.h.
 
-constexpr int64_t kLanesDepth = 256;  // columns per visit: the codes of 64 stored rows are 8 to 32 KB of L1
+constexpr int64_t kLanesDepth = 256;  // columns per visit: the codes of 64 stored rows are 8 to 16 KB of L1
 
 // Columns of a stored row that share a scale, or a table.
 template <Format F>
