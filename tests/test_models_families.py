@@ -137,9 +137,14 @@ def test_a_saved_model_is_read_and_computes_as_transformers(family, number, requ
     named = by_name(tree, found)
     ours = kjax_results(config, spec, tree, read, tokens)
     ours = ours | by_name(ours.pop("adapter"), found)
-    error, name = worst(ours, torch_results(model, named, tokens))
-    if error > TOLERANCE:
-        # In one of 165 draws a gradient cancels so far that fp32 itself is off, in torch by 1.8e-5 and here by 0.8e-5.
-        with in_float64(monkeypatch):
-            error, name = worst(ours, torch_results(torch_model(content, params).double(), named, tokens))
-    assert error <= TOLERANCE, name
+    theirs = torch_results(model, named, tokens)
+    error, name = worst(ours, theirs)
+    if error <= TOLERANCE:
+        return
+    # In some of 165 draws a gradient cancels so far that fp32 itself is off. How far, torch's own error tells: in one
+    # draw it is 1.8e-5; in another 0.6e-5, and here 0.7e-5, or 2.7e-5 without XLA's optimiser on a CPU with AVX-512.
+    with in_float64(monkeypatch):
+        exact = torch_results(torch_model(content, params).double(), named, tokens)
+    for name, expected in exact.items():
+        allowed = max(TOLERANCE, 5 * relative_error(theirs[name], expected))
+        assert relative_error(ours[name], expected) <= allowed, name
