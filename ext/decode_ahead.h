@@ -35,10 +35,14 @@ class RowsAhead {
   const Prefetch& prefetch() const { return prefetch_; }
 
  private:
+  static constexpr int64_t kRowsAhead = 6;  // from asking L2 for a row to decoding it
+
   inline __attribute__((always_inline)) void unit() {
     const auto scale = tables_->scale(*w_, first_ + row_, k_ + at_);
     const uint8_t* const p = from_ + row_ * row_bytes_ + bytes_of(F, at_);
     uint16_t* const out = out_ + row_ * stride_ + at_;
+    // What L2 has lost again behind many operand rows would keep the products' queues full of decoding that waits.
+    for (int64_t i = 0; i < bytes_of(F, kBlock); i += 64) __builtin_prefetch(p + kRowsAhead * row_bytes_ + i, 0, 3);
 #pragma GCC unroll 2
     for (int64_t c = 0; c < kBlock; c += 64) {
       const Weights weights = Decode<F>::load(scale, p, c, 64);
