@@ -3,8 +3,8 @@
 
 constexpr int64_t kSums = 16;                // room for the sums of a stored row in dot products, one per operand row
 
-// Columns of so many operand rows that stay in L1, 32 KB or more, while stored rows meet them; rows of bf16 take a
-// quarter of it, as they come faster.
+// Columns of so many operand rows that stay in L1, 32 KB or more, while stored rows meet them; those of bf16 take
+// a quarter of it, as they come faster.
 template <Format F>
 inline int64_t operand_depth(int64_t rows) {
   constexpr int64_t kBytes = F == Format::kBf16 ? 24 << 10 : 32 << 10;

@@ -195,7 +195,7 @@ void along_tokens(const Product& p) {
     const auto left_over_rows = [&](const uint16_t* rows, int64_t stride, int64_t at, int64_t n) {
       const Matrix operands{reinterpret_cast<const uint8_t*>(rows), nullptr, p.strip.count, stride};
       const Tables<Format::kBf16> none(operands, 0, 0, 0, 0, nullptr);
-      const int64_t together = operand_depth<F>(left);
+      const int64_t together = operand_depth<Format::kBf16>(left);
       with_rows<1, kDotRows>(left, [&]<int R>() {
         for (int64_t i = 0; i < n; i += together)
           for (int64_t g = 0; g < p.strip.count; g += 2)

@@ -138,8 +138,7 @@ def test_a_saved_model_is_read_and_computes_as_transformers(family, number, requ
     ours = kjax_results(config, spec, tree, read, tokens)
     ours = ours | by_name(ours.pop("adapter"), found)
     theirs = torch_results(model, named, tokens)
-    error, name = worst(ours, theirs)
-    if error <= TOLERANCE:
+    if worst(ours, theirs)[0] <= TOLERANCE:
         return
     # In some of 165 draws a gradient cancels so far that fp32 itself is off. How far, torch's own error tells: in one
     # draw it is 1.8e-5; in another 0.6e-5, and here 0.7e-5, or 2.7e-5 without XLA's optimiser on a CPU with AVX-512.
