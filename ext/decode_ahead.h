@@ -2,7 +2,7 @@
 // Included inside an unnamed namespace after decode_panel.h and pace.h.
 
 // Stored rows [first, first + rows) x columns [k, k + depth) -> out [rows][stride], as decode_rows leaves them, and
-// later bytes asked for. k a multiple of 128; a unit is 128 weights of one row. Always inlined and without remainders,
+// later bytes asked for. k a multiple of 128; a unit is half of 128 weights of one row. Always inlined and without remainders,
 // so that a product's sums stay in registers while both share the core.
 template <Format F>
 class RowsAhead {
@@ -19,7 +19,7 @@ class RowsAhead {
         from_(byte_at(F, w, first, k)),
         out_(out),
         stride_(stride),
-        pace_(depth / kBlock * rows, ticks),
+        pace_(depth / kBlock * rows * (kBlock / kUnit), ticks),
         prefetch_(prefetch) {}
   inline __attribute__((always_inline)) void tick() {
     prefetch_.tick();
@@ -35,21 +35,19 @@ class RowsAhead {
   const Prefetch& prefetch() const { return prefetch_; }
 
  private:
+  static constexpr int64_t kUnit = 64;      // weights at a time: more at once would hold up the products
   static constexpr int64_t kRowsAhead = 6;  // from asking L2 for a row to decoding it
 
   inline __attribute__((always_inline)) void unit() {
-    const auto scale = tables_->scale(*w_, first_ + row_, k_ + at_);
     const uint8_t* const p = from_ + row_ * row_bytes_ + bytes_of(F, at_);
-    uint16_t* const out = out_ + row_ * stride_ + at_;
     // What L2 has lost again behind many operand rows would keep the products' queues full of decoding that waits.
-    for (int64_t i = 0; i < bytes_of(F, kBlock); i += 64) __builtin_prefetch(p + kRowsAhead * row_bytes_ + i, 0, 3);
-#pragma GCC unroll 2
-    for (int64_t c = 0; c < kBlock; c += 64) {
-      const Weights weights = Decode<F>::load(scale, p, c, 64);
-      _mm512_storeu_si512(out + c, weights.low);
-      _mm512_storeu_si512(out + c + 32, weights.high);
-    }
-    if (++row_ == rows_) {
+    __builtin_prefetch(p + kRowsAhead * row_bytes_ + bytes_of(F, c_), 0, 3);
+    const Weights weights = Decode<F>::load(tables_->scale(*w_, first_ + row_, k_ + at_), p, c_, kUnit);
+    uint16_t* const out = out_ + row_ * stride_ + at_ + c_;
+    _mm512_storeu_si512(out, weights.low);
+    _mm512_storeu_si512(out + 32, weights.high);
+    c_ = kUnit - c_;
+    if (c_ == 0 && ++row_ == rows_) {
       row_ = 0;
       at_ += kBlock;
     }
@@ -60,7 +58,7 @@ class RowsAhead {
   int64_t first_, rows_, k_, depth_, row_bytes_;
   const uint8_t* from_;
   uint16_t* out_;
-  int64_t stride_, row_ = 0, at_ = 0;
+  int64_t stride_, row_ = 0, at_ = 0, c_ = 0;
   Pace pace_;
   Prefetch prefetch_;
 };

@@ -7,6 +7,7 @@
 // The fewest of INT8 and INT4 are multiplied in fp32, both ways (float_rows.h).
 #include <immintrin.h>
 
+#include <type_traits>
 #include <utility>
 
 #include "kernels.h"
@@ -36,18 +37,25 @@ namespace {
 struct Rows {
   int64_t dot, along, across;
 };
-constexpr Rows kRows[kFormats] = {{15, 0, 12}, {}, {7, 44, 12}, {12, 0, 0}, {2, 44, 12}, {8, 44, 12}};
+constexpr Rows kRows[kFormats] = {{15, 0, 12}, {}, {7, 28, 12}, {12, 0, 0}, {2, 28, 12}, {8, 28, 12}};
 template <Format F>
 constexpr Rows kRowsOf = kRows[static_cast<int>(F)];
 constexpr int64_t kDotRows = 12;
-constexpr int64_t kDepth = 2048;     // along: reduction per block of tiles of tokens
-constexpr int64_t kTileDepth = 256;  // of it, per visit of the token tiles: 48 tokens are 24 KB of L1; decoded rows
-                                     // of one visit are made beside the products of the visit before
+constexpr int64_t kDepth = 2048;  // along: reduction per block of tiles of tokens
+constexpr int64_t kTogether = 8;  // stored rows of a tile
 
 // The reduction in equal blocks, so that what is asked for ahead of one is no more than it has time for.
 inline int64_t block_depth(int64_t cols) {
   const int64_t blocks = blocks_of(cols, kDepth);
-  return blocks_of(blocks_of(cols, blocks > 0 ? blocks : 1), kTileDepth) * kTileDepth;
+  return blocks_of(blocks_of(cols, blocks > 0 ? blocks : 1), 2 * kBlock) * 2 * kBlock;
+}
+
+// Columns per visit of all token tiles with eight stored rows: as many as keep the tokens' part within a quarter of
+// L2, for sums that are stored and loaded again cost more than tokens that come from there.
+inline int64_t visit_depth(int64_t tokens) {
+  constexpr int64_t kBytes = 256 << 10, kLeast = 2 * kBlock;
+  const int64_t depth = kBytes / static_cast<int64_t>(16 * sizeof(uint16_t)) / tokens / kBlock * kBlock;
+  return depth < kLeast ? kLeast : depth;
 }
 
 // A number the compiler knows, not of the library, whose code kernel files would share.
@@ -56,9 +64,10 @@ struct Constant {
   constexpr operator int64_t() const { return n; }
 };
 
+
 // C^T [R stored rows, 16 J tokens] (+)= W [R, 32 steps] x tiles of tokens [steps][.][16 pairs][16][2], `step` apart.
-// `stride` is an int64_t or a Constant.
-template <int R, int J, class Stride, class Beside>
+// `stride` is an int64_t or a Constant; a tick every T pairs.
+template <int R, int J, int T, class Stride, class Beside>
 void token_tile(const uint16_t* w, Stride stride, const uint16_t* tokens, int64_t step, int64_t steps, float* c,
                 int64_t ldc, bool add, Beside& cursor) {
   Beside beside = cursor;
@@ -71,26 +80,25 @@ void token_tile(const uint16_t* w, Stride stride, const uint16_t* tokens, int64_
       sum[kChains - 1][i][j] = _mm512_setzero_ps();
       sum[0][i][j] = add ? _mm512_load_ps(c + i * ldc + j * 16) : _mm512_setzero_ps();
     }
-  for (int64_t s = 0; s < steps; ++s, tokens += step) {
-    beside.tick();
-#pragma GCC unroll 8
-    for (int64_t q = 0; q < 16; q += kChains, w += 2 * kChains) {
-#pragma GCC unroll 2
-      for (int h = 0; h < kChains; ++h) {
+  for (int64_t s = 0; s < steps; ++s, tokens += step)
+    for (int64_t q = 0; q < 16; q += T) {
+      beside.tick();
+#pragma GCC unroll 16
+      for (int h = 0; h < T; ++h, w += 2) {
         __m512bh x[J];
 #pragma GCC unroll 3
         for (int j = 0; j < J; ++j) x[j] = as_bf16(_mm512_load_si512(tokens + j * kTile + (q + h) * 32));
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
           int pair;
-          __builtin_memcpy(&pair, w + i * stride + 2 * h, 4);
+          __builtin_memcpy(&pair, w + i * stride, 4);
           const __m512bh y = as_bf16(_mm512_set1_epi32(pair));
 #pragma GCC unroll 3
-          for (int j = 0; j < J; ++j) sum[h][i][j] = _mm512_dpbf16_ps(sum[h][i][j], y, x[j]);
+          for (int j = 0; j < J; ++j)
+            sum[h % kChains][i][j] = _mm512_dpbf16_ps(sum[h % kChains][i][j], y, x[j]);
         }
       }
     }
-  }
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 3
@@ -98,6 +106,13 @@ void token_tile(const uint16_t* w, Stride stride, const uint16_t* tokens, int64_
       _mm512_store_ps(c + i * ldc + j * 16,
                       kChains == 1 ? sum[0][i][j] : _mm512_add_ps(sum[0][i][j], sum[kChains - 1][i][j]));
   cursor = beside;
+}
+
+// The same with nothing but requests for memory beside it: a function of its own, for one loop's addresses.
+template <int R, int J, class Stride>
+__attribute__((noinline)) void token_tile_alone(const uint16_t* w, Stride stride, const uint16_t* tokens, int64_t step,
+                                                int64_t steps, float* c, int64_t ldc, bool add, Prefetch& prefetch) {
+  token_tile<R, J, 16>(w, stride, tokens, step, steps, c, ldc, add, prefetch);
 }
 
 // Tiles of tokens in the packed part of a segment's operand rows, and the rows left over behind it. Two tiles hide
@@ -166,10 +181,10 @@ template <Format F>
 void along_tokens(const Product& p) {
   const int64_t tokens = token_tiles<F>(p.rows), left = left_over<F>(p.rows);
   const Matrix& w = p.strip.matrix;
-  constexpr Constant<kTileDepth + 32> kStride;
-  uint16_t* const decoded = reinterpret_cast<uint16_t*>(p.scratch);             // this and the next [64][kStride]
-  float* const sums = reinterpret_cast<float*>(decoded + 2 * kLine * kStride);  // C^T [64][16 tokens]
-  float* const left_sums = sums + kLine * kMaxRows;                             // C^T [64][kSums] of the rows left over
+  constexpr Constant<kDepth + 32> kStride;
+  uint16_t* const decoded = reinterpret_cast<uint16_t*>(p.scratch);                 // these and the next [8][kStride]
+  float* const sums = reinterpret_cast<float*>(decoded + 2 * kTogether * kStride);  // C^T [64][16 tokens]
+  float* const left_sums = sums + kLine * kMaxRows;  // C^T [64][kSums] of the rows left over
   const int64_t ldc = tokens * 16, groups = (p.strip.count + 15) / 16 * 16;
   const uint16_t* const packed = static_cast<const uint16_t*>(p.a);
   const Tables<F> tables(w, p.strip.first, p.strip.count, 0, w.cols,
@@ -177,8 +192,45 @@ void along_tokens(const Product& p) {
   // Products fill two of four vector ports. The next rows are decoded beside them: all but the multiplications by
   // scales goes to the other two. A single tile takes turns with decoding, for its loop has no instructions to spare.
   const bool ahead = !Decode<F>::kInPlace && tokens > 1;
+  const auto exist = [&](int64_t g) { return p.strip.count - g < kTogether ? p.strip.count - g : kTogether; };
+  const auto rows_left_over = [&](const uint16_t* rows, int64_t stride, int64_t g, int64_t count, int64_t at,
+                                  int64_t n, Prefetch& prefetch) {
+    const Matrix operands{reinterpret_cast<const uint8_t*>(rows), nullptr, count, stride};
+    const Tables<Format::kBf16> none(operands, 0, 0, 0, 0, nullptr);
+    const int64_t together = operand_depth<Format::kBf16>(left);
+    with_rows<1, kDotRows>(left, [&]<int R>() {
+      for (int64_t i = 0; i < n; i += together)
+        for (int64_t r = 0; r < count; r += 2)
+          dot_tile<Format::kBf16, R, 2>(packed + tokens * 16 * p.lda + (at + i) * R, operands, none, r, count - r, i,
+                                        n - i < together ? n - i : together, left_sums + (g + r) * kSums, at + i > 0,
+                                        prefetch);
+    });
+  };
+  // Tiles of tokens from t on, two or three at a time: f<J>(t).
+  const auto for_tokens = [&](auto f) {
+    for (int64_t t = 0; t < tokens;) {
+      const int64_t wide = tokens == 1 ? 1 : tokens - t == 4 || tokens - t == 2 ? 2 : 3;  // not 3 + 1
+      if (wide == 3) f.template operator()<3>(t);
+      else if (wide == 2) f.template operator()<2>(t);
+      else f.template operator()<1>(t);
+      t += wide;
+    }
+  };
+  // Eight stored rows of the strip, g and on, times tiles of tokens from t on; columns [at, at + n) of them are at
+  // `rows`. What is decoded beside comes a little at a time, or it would hold the products up.
+  constexpr int kTick = 2;
+  constexpr int64_t kTicks = 16 / kTick;  // of a step
+  const auto multiply = [&]<int J>(const uint16_t* rows, auto stride, int64_t g, int64_t t, int64_t at, int64_t n,
+                                   auto& beside) {
+    const uint16_t* const x = packed + (at / 32 * tokens + t) * kTile;
+    float* const c = sums + g * ldc + t * 16;
+    if constexpr (std::is_same_v<decltype(beside), Prefetch&>)
+      token_tile_alone<kTogether, J>(rows, stride, x, tokens * kTile, (n + 31) / 32, c, ldc, at > 0, beside);
+    else
+      token_tile<kTogether, J, kTick>(rows, stride, x, tokens * kTile, (n + 31) / 32, c, ldc, at > 0, beside);
+  };
+  const int64_t most = block_depth(w.cols), visits = (tokens + 2) / 3;
   int64_t which = 0;
-  const int64_t most = block_depth(w.cols);
   for (int64_t k = 0; k < w.cols; k += most) {
     const int64_t depth = w.cols - k < most ? w.cols - k : most, steps = (depth + 31) / 32, end = k + depth;
     const bool more = end < w.cols;
@@ -187,65 +239,46 @@ void along_tokens(const Product& p) {
                   n = s.matrix.cols - from < its ? s.matrix.cols - from : its;
     // In place where the rows are operands already, all of them exist, and so do whole tiles of them.
     const bool in_place = Decode<F>::kInPlace && p.strip.count == groups && depth % 32 == 0;
-    const int64_t visits = (tokens + 2) / 3 * groups / 8;
-    Prefetch prefetch(
-        byte_at(F, s.matrix, s.first, from), row_bytes(F, s.matrix.cols), bytes_of(F, n), s.count,
-        (visits + (left > 0) * groups / 8) * steps + (in_place || ahead ? 0 : decode_ticks(p.strip.count, depth)),
-        scales_of<F>(s.matrix, s.first, from, n));
-    const auto left_over_rows = [&](const uint16_t* rows, int64_t stride, int64_t at, int64_t n) {
-      const Matrix operands{reinterpret_cast<const uint8_t*>(rows), nullptr, p.strip.count, stride};
-      const Tables<Format::kBf16> none(operands, 0, 0, 0, 0, nullptr);
-      const int64_t together = operand_depth<Format::kBf16>(left);
-      with_rows<1, kDotRows>(left, [&]<int R>() {
-        for (int64_t i = 0; i < n; i += together)
-          for (int64_t g = 0; g < p.strip.count; g += 2)
-            dot_tile<Format::kBf16, R, 2>(packed + tokens * 16 * p.lda + (at + i) * R, operands, none, g,
-                                          p.strip.count - g, i, n - i < together ? n - i : together,
-                                          left_sums + g * kSums, at + i > 0, prefetch);
+    Prefetch prefetch(byte_at(F, s.matrix, s.first, from), row_bytes(F, s.matrix.cols), bytes_of(F, n), s.count,
+                      groups / kTogether * steps * (visits * (ahead ? kTicks : 1) + (left > 0)) +
+                          (in_place || ahead ? 0 : decode_ticks(p.strip.count, depth)),
+                      scales_of<F>(s.matrix, s.first, from, n));
+    if (in_place) {
+      const uint16_t* const stored = reinterpret_cast<const uint16_t*>(byte_at(F, w, p.strip.first, k));
+      for_tokens([&]<int J>(int64_t t) {
+        for (int64_t g = 0; g < groups; g += kTogether)
+          multiply.template operator()<J>(stored + g * w.cols, w.cols, g, t, k, depth, prefetch);
       });
-    };
-    const uint16_t* const stored = reinterpret_cast<const uint16_t*>(byte_at(F, w, p.strip.first, k));
-    for (int64_t i = 0, n; i < depth; i += n) {
-      const auto whole = [&](int64_t at, int64_t end) {
-        const int64_t visit = at == 0 && ahead ? kBlock : kTileDepth;  // nothing hides the first decoding
-        return end - at < visit ? end - at : visit;
-      };
-      const int64_t at = k + i;
-      n = whole(at, end);
-      const auto multiply_all = [&](const uint16_t* rows, auto stride, auto& beside) {
-        for (int64_t t = 0; t < tokens;) {
-          const int64_t wide = tokens == 1 ? 1 : tokens - t == 4 || tokens - t == 2 ? 2 : 3;  // not 3 + 1
-          const auto multiply = [&]<int J>() {
-            for (int64_t g = 0; g < groups; g += 8)
-              token_tile<8, J>(rows + g * stride, stride, packed + (at / 32 * tokens + t) * kTile, tokens * kTile,
-                               (n + 31) / 32, sums + g * ldc + t * 16, ldc, at > 0, beside);
-          };
-          if (wide == 3) multiply.template operator()<3>();
-          else if (wide == 2) multiply.template operator()<2>();
-          else multiply.template operator()<1>();
-          t += wide;
-        }
-      };
-      if (in_place) {
-        multiply_all(stored + i, w.cols, prefetch);
-        continue;
-      }
-      uint16_t* const rows = decoded + which * kLine * kStride;
-      if (at == 0 || !ahead) decode_rows(w, tables, p.strip.first, p.strip.count, at, n, rows, kStride, prefetch);
-      if (ahead) {
-        which = 1 - which;
-        const int64_t next = at + n, next_end = next < end ? end : w.cols - end < most ? w.cols : end + most;
-        RowsAhead<F> beside(w, tables, p.strip.first, next < w.cols ? p.strip.count : 0, next, whole(next, next_end),
-                            decoded + which * kLine * kStride, kStride, visits * ((n + 31) / 32), prefetch);
-        multiply_all(rows, kStride, beside);
-        beside.finish();
-        prefetch = beside.prefetch();
-      } else {
-        multiply_all(rows, kStride, prefetch);
-      }
-      if (left) left_over_rows(rows, kStride, at, n);
+      if (left) rows_left_over(stored, w.cols, 0, groups, k, depth, prefetch);
+      continue;
     }
-    if (left && in_place) left_over_rows(stored, w.cols, k, depth);
+    const auto visit = [&](int64_t at, int64_t end) {
+      const int64_t whole = at == 0 && ahead ? kBlock : visit_depth(tokens);  // nothing hides the first decoding
+      return end - at < whole ? end - at : whole;
+    };
+    for (int64_t at = k, n; at < end; at += n) {
+      n = visit(at, end);
+      for (int64_t g = 0; g < groups; g += kTogether) {
+        uint16_t* const rows = decoded + which * kTogether * kStride;
+        if (!ahead || (at == 0 && g == 0))
+          decode_rows(w, tables, p.strip.first + g, exist(g), at, n, rows, kStride, prefetch);
+        if (ahead) {
+          which = 1 - which;
+          // The next rows, or the first of them again and the columns that follow.
+          const int64_t row = g + kTogether < groups ? g + kTogether : 0, col = row > 0 ? at : at + n,
+                        col_end = col < end ? end : w.cols - end < most ? w.cols : end + most;
+          RowsAhead<F> beside(w, tables, p.strip.first + row, col < w.cols ? exist(row) : 0, col,
+                              row > 0 ? n : visit(col, col_end), decoded + which * kTogether * kStride, kStride,
+                              visits * ((n + 31) / 32) * kTicks, prefetch);
+          for_tokens([&]<int J>(int64_t t) { multiply.template operator()<J>(rows, kStride, g, t, at, n, beside); });
+          beside.finish();
+          prefetch = beside.prefetch();
+        } else {
+          for_tokens([&]<int J>(int64_t t) { multiply.template operator()<J>(rows, kStride, g, t, at, n, prefetch); });
+        }
+        if (left && exist(g) > 0) rows_left_over(rows, kStride, g, exist(g), at, n, prefetch);
+      }
+    }
   }
   for (int64_t g = 0; g < groups; g += 16) {
     for (int64_t t = 0; t < tokens; ++t)
