@@ -75,6 +75,13 @@ struct DecodeFp8 {
     const __m512i codes = load_bytes(p + c, n);
     return {widen(scale, _mm512_castsi512_si256(codes)), widen(scale, _mm512_extracti64x4_epi64(codes, 1))};
   }
+  // The halves of 16 codes, as words.
+  static inline __m256i halves(__m256i words) {
+    const __m256i codes = _mm256_slli_epi16(words, 8);
+    const __m256i half = _mm256_ternarylogic_epi32(codes, _mm256_srli_epi16(codes, 1),
+                                                   _mm256_set1_epi16(static_cast<short>(0x8000)), 0xE4);
+    return _mm256_and_si256(half, _mm256_set1_epi16(static_cast<short>(0xbfff)));
+  }
 
  private:
   static inline __m512i widen(__m512 scale, __m256i bytes) {

@@ -20,6 +20,7 @@ namespace {
 #include "prefetch.h"
 #include "decode_avx512.h"
 #include "decode_panel.h"
+#include "pairs_across.h"
 #include "pace.h"
 #include "decode_ahead.h"
 #include "with_rows.h"
@@ -37,7 +38,7 @@ namespace {
 struct Rows {
   int64_t dot, along, across;
 };
-constexpr Rows kRows[kFormats] = {{15, 0, 12}, {}, {7, 28, 12}, {12, 0, 0}, {2, 28, 12}, {8, 28, 12}};
+constexpr Rows kRows[kFormats] = {{15, 0, 12}, {}, {7, 28, 12}, {12, 0, 8}, {2, 28, 9}, {8, 28, 8}};
 template <Format F>
 constexpr Rows kRowsOf = kRows[static_cast<int>(F)];
 constexpr int64_t kDotRows = 12;
@@ -162,9 +163,8 @@ void pack(const void* from, int64_t lda, int64_t count, int64_t first, int64_t r
   else pack_tokens<F>(source, lda, count, first, rows, k, depth, to, length);
 }
 
-// What products of no rows cost: their decoding.
 template <Format F>
-void decode_only(const Product& p) {
+void along_nothing(const Product& p) {
   const Matrix& w = p.strip.matrix;
   if (Decode<F>::kInPlace) return;
   constexpr int64_t kTogether = 4;
@@ -289,7 +289,7 @@ void along_tokens(const Product& p) {
 
 template <Format F>
 void along(const Product& p) {
-  if (p.rows == 0) return decode_only<F>(p);
+  if (p.rows == 0) return along_nothing<F>(p);
   constexpr int64_t kDot = kRowsOf<F>.dot;
   if constexpr (kRowScales<F>)
     if (p.rows <= kFloatRowsAlong) return along_floats<F>(p);
@@ -304,11 +304,10 @@ void along(const Product& p) {
 
 template <Format F>
 void across(const Product& p) {
+  if (p.rows == 0) return across_nothing<F>(p);
   if constexpr (kRowScales<F>)
-    if (p.rows > 0 && p.rows <= kFloatRows) return across_floats<F>(p);
-  if constexpr (kRowsOf<F>.across > 0)
-    if (p.rows > 0 && p.rows <= kRowsOf<F>.across) return across_lanes<F>(p);
-  p.rows <= kFewRows ? across_few<F>(p) : across_many<F>(p);
+    if (p.rows <= kFloatRows) return across_floats<F>(p);
+  p.rows <= kRowsOf<F>.across ? across_lanes<F>(p) : across_many<F>(p);
 }
 
 }  // namespace

@@ -2,18 +2,6 @@
 // the two ports of the dot products alone, and without storing what was decoded, for a store takes as long as two of
 // them. Included inside an unnamed namespace after panel_across.h.
 
-// Codes by a table of the low and the high bytes of the 128 magnitudes, signs in the high ones.
-struct LowHigh {
-  __m512i low, high;
-};
-inline __attribute__((always_inline)) LowHigh by_table(__m512i codes, const std::byte* table) {
-  const auto line = [&](int64_t i) { return _mm512_load_si512(table + 64 * i); };
-  const __m512i low = _mm512_permutex2var_epi8(line(0), codes, line(1));
-  const __m512i magnitude = _mm512_permutex2var_epi8(line(2), codes, line(3));
-  return {low, _mm512_ternarylogic_epi32(magnitude, codes, _mm512_set1_epi8(static_cast<char>(0x80)),
-                                         0x78)};  // magnitude ^ (codes & sign)
-}
-
 // A signed byte plus a half is one of 128 magnitudes and a sign, and a bf16: of a negative byte all other bits are
 // flipped, then this is the table. Sums of products begin at minus half the sum of the operands.
 struct HalfTable {
