@@ -26,11 +26,12 @@ inline __m512i flip_negative(__m512i codes) {
 // the first 2 bytes of its four rows, then the next 2.
 template <Format F>
 void transpose_codes(const uint8_t* p, int64_t step, std::byte* out) {
-  __m512i of[4][4];  // by groups of four rows
+  __asm__("" : "+r"(step));  // or compilers keep its multiples, more than there are registers for
+  __m512i of[4][4];          // by groups of four rows
 #pragma GCC unroll 4
-  for (int g = 0; g < 4; ++g) {
+  for (int g = 0; g < 4; ++g, p += 4 * step) {
     const auto row = [&](int64_t i) {
-      const __m512i codes = _mm512_loadu_si512(p + (4 * g + i) * step);
+      const __m512i codes = _mm512_loadu_si512(p + i * step);
       return kPlusHalf<F> ? flip_negative(codes) : codes;
     };
     const __m512i r0 = row(0), r1 = row(1), r2 = row(2), r3 = row(3);

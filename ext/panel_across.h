@@ -141,9 +141,10 @@ void across_nothing(const Product& p) {
   uint16_t* const panel = reinterpret_cast<uint16_t*>(p.scratch);
   std::byte* const room = p.scratch + kAcrossDepth * 4 * kLine * sizeof(uint16_t);
   const int64_t rows = p.strip.matrix.rows;
+  Prefetch none;
   for (int64_t k = 0; k < rows; k += kLine) {
     const int64_t depth = rows - k < kLine ? rows - k : kLine;
     const Tables<F> tables(p.strip.matrix, k, depth, p.strip.first, p.strip.count, room);
-    PairsAhead<F>(p.strip, tables, k, depth, panel, 0, Prefetch()).finish();
+    across_panel<F>(p.strip.matrix, tables, k, depth, p.strip.first, p.strip.count, panel, (depth + 1) / 2, none);
   }
 }
