@@ -95,8 +95,7 @@ void token_tile(const uint16_t* w, Stride stride, const uint16_t* tokens, int64_
           __builtin_memcpy(&pair, w + i * stride, 4);
           const __m512bh y = as_bf16(_mm512_set1_epi32(pair));
 #pragma GCC unroll 3
-          for (int j = 0; j < J; ++j)
-            sum[h % kChains][i][j] = _mm512_dpbf16_ps(sum[h % kChains][i][j], y, x[j]);
+          for (int j = 0; j < J; ++j) sum[h % kChains][i][j] = _mm512_dpbf16_ps(sum[h % kChains][i][j], y, x[j]);
         }
       }
     }

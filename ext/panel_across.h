@@ -83,9 +83,8 @@ void across_many(const Product& p) {
   constexpr int64_t kPanel = kAcrossDepth * 4 * kLine;
   uint16_t* const panels[] = {reinterpret_cast<uint16_t*>(p.scratch), reinterpret_cast<uint16_t*>(p.scratch) + kPanel};
   constexpr int64_t kRoom = (2 * kAcrossDepth / kBlock + 1) * (4 * kLine / kBlock + 1) * Decode<F>::kTableBytes;
-  static_assert(2 * (kPanel * sizeof(uint16_t) + kRoom) <= scratch_bytes(0));
+  static_assert(2 * kPanel * sizeof(uint16_t) + kRoom <= scratch_bytes(0));
   std::byte* const room = reinterpret_cast<std::byte*>(panels[1] + kPanel);
-  std::byte* const rooms[] = {room, room + kRoom};
   // Nothing hides the first panel, so it is short. Blocks start at multiples of kLine, as across_panel wants them.
   const auto blocks_of_rows = [&](const Matrix& m) { return Blocks{m.rows, m.rows % most == 128 ? 128 : kLine, most}; };
   const Blocks blocks = blocks_of_rows(w);
@@ -96,7 +95,7 @@ void across_many(const Product& p) {
   int64_t which = 0;
   const auto size = [&](int64_t i) { return i < blocks.count() ? blocks.size(i) : 0; };
   const auto tables_of = [&](int64_t i, const Strip& strip) {
-    return Tables<F>(w, blocks.start(i), size(i), strip.first, strip.count, rooms[which]);
+    return Tables<F>(w, blocks.start(i), size(i), strip.first, strip.count, room);
   };
   // The order of the columns of whole lines in panels, or back.
   const auto order = [&](bool back) {
