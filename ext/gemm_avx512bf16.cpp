@@ -42,8 +42,9 @@ constexpr Rows kRows[kFormats] = {{15, 0, 12}, {}, {7, 28, 12}, {12, 0, 8}, {2, 
 template <Format F>
 constexpr Rows kRowsOf = kRows[static_cast<int>(F)];
 constexpr int64_t kDotRows = 12;
-constexpr int64_t kDepth = 2048;  // along: reduction per block of tiles of tokens
-constexpr int64_t kTogether = 8;  // stored rows of a tile
+constexpr int64_t kDepth = 2048;    // along: reduction per block of tiles of tokens
+constexpr int64_t kTogether = 8;    // stored rows of a tile
+constexpr int64_t kMostTiles = 12;  // of tokens, that stored rows which are decoded meet in turns
 
 // The reduction in equal blocks, so that what is asked for ahead of one is no more than it has time for.
 inline int64_t block_depth(int64_t cols) {
@@ -64,7 +65,6 @@ template <int64_t n>
 struct Constant {
   constexpr operator int64_t() const { return n; }
 };
-
 
 // C^T [R stored rows, 16 J tokens] (+)= W [R, 32 steps] x tiles of tokens [steps][.][16 pairs][16][2], `step` apart.
 // `stride` is an int64_t or a Constant; a tick every T pairs.
@@ -205,10 +205,10 @@ void along_tokens(const Product& p) {
                                         prefetch);
     });
   };
-  // Tiles of tokens from t on, two or three at a time: f<J>(t).
-  const auto for_tokens = [&](auto f) {
-    for (int64_t t = 0; t < tokens;) {
-      const int64_t wide = tokens == 1 ? 1 : tokens - t == 4 || tokens - t == 2 ? 2 : 3;  // not 3 + 1
+  // Tiles of tokens from `first` to `last`, two or three at a time: f<J>(t).
+  const auto for_tokens = [&](int64_t first, int64_t last, auto f) {
+    for (int64_t t = first; t < last;) {
+      const int64_t wide = last - t == 1 ? 1 : last - t == 4 || last - t == 2 ? 2 : 3;  // not 3 + 1
       if (wide == 3) f.template operator()<3>(t);
       else if (wide == 2) f.template operator()<2>(t);
       else f.template operator()<1>(t);
@@ -228,7 +228,9 @@ void along_tokens(const Product& p) {
     else
       token_tile<kTogether, J, kTick>(rows, stride, x, tokens * kTile, (n + 31) / 32, c, ldc, at > 0, beside);
   };
-  const int64_t most = block_depth(w.cols), visits = (tokens + 2) / 3;
+  // Tiles of more tokens than L2 has room for take turns, and stored rows are decoded for each part of them.
+  const int64_t parts = blocks_of(tokens, kMostTiles), together = blocks_of(tokens, parts);
+  const int64_t most = block_depth(w.cols);
   int64_t which = 0;
   for (int64_t k = 0; k < w.cols; k += most) {
     const int64_t depth = w.cols - k < most ? w.cols - k : most, steps = (depth + 31) / 32, end = k + depth;
@@ -239,12 +241,12 @@ void along_tokens(const Product& p) {
     // In place where the rows are operands already, all of them exist, and so do whole tiles of them.
     const bool in_place = Decode<F>::kInPlace && p.strip.count == groups && depth % 32 == 0;
     Prefetch prefetch(byte_at(F, s.matrix, s.first, from), row_bytes(F, s.matrix.cols), bytes_of(F, n), s.count,
-                      groups / kTogether * steps * (visits * (ahead ? kTicks : 1) + (left > 0)) +
+                      groups / kTogether * steps * (parts * blocks_of(together, 3) * (ahead ? kTicks : 1) + (left > 0)) +
                           (in_place || ahead ? 0 : decode_ticks(p.strip.count, depth)),
                       scales_of<F>(s.matrix, s.first, from, n));
     if (in_place) {
       const uint16_t* const stored = reinterpret_cast<const uint16_t*>(byte_at(F, w, p.strip.first, k));
-      for_tokens([&]<int J>(int64_t t) {
+      for_tokens(0, tokens, [&]<int J>(int64_t t) {
         for (int64_t g = 0; g < groups; g += kTogether)
           multiply.template operator()<J>(stored + g * w.cols, w.cols, g, t, k, depth, prefetch);
       });
@@ -252,32 +254,40 @@ void along_tokens(const Product& p) {
       continue;
     }
     const auto visit = [&](int64_t at, int64_t end) {
-      const int64_t whole = at == 0 && ahead ? kBlock : visit_depth(tokens);  // nothing hides the first decoding
+      const int64_t whole = at == 0 && ahead ? kBlock : visit_depth(together);  // nothing hides the first decoding
       return end - at < whole ? end - at : whole;
     };
-    for (int64_t at = k, n; at < end; at += n) {
-      n = visit(at, end);
-      for (int64_t g = 0; g < groups; g += kTogether) {
-        uint16_t* const rows = decoded + which * kTogether * kStride;
-        if (!ahead || (at == 0 && g == 0))
-          decode_rows(w, tables, p.strip.first + g, exist(g), at, n, rows, kStride, prefetch);
-        if (ahead) {
-          which = 1 - which;
-          // The next rows, or the first of them again and the columns that follow.
-          const int64_t row = g + kTogether < groups ? g + kTogether : 0, col = row > 0 ? at : at + n,
-                        col_end = col < end ? end : w.cols - end < most ? w.cols : end + most;
-          RowsAhead<F> beside(w, tables, p.strip.first + row, col < w.cols ? exist(row) : 0, col,
-                              row > 0 ? n : visit(col, col_end), decoded + which * kTogether * kStride, kStride,
-                              visits * ((n + 31) / 32) * kTicks, prefetch);
-          for_tokens([&]<int J>(int64_t t) { multiply.template operator()<J>(rows, kStride, g, t, at, n, beside); });
-          beside.finish();
-          prefetch = beside.prefetch();
-        } else {
-          for_tokens([&]<int J>(int64_t t) { multiply.template operator()<J>(rows, kStride, g, t, at, n, prefetch); });
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t at = k, n; at < end; at += n) {
+        n = visit(at, end);
+        const int64_t first = part * together, last = part + 1 < parts ? first + together : tokens;
+        for (int64_t g = 0; g < groups; g += kTogether) {
+          uint16_t* const rows = decoded + which * kTogether * kStride;
+          if (!ahead || (at == 0 && g == 0 && part == 0))
+            decode_rows(w, tables, p.strip.first + g, exist(g), at, n, rows, kStride, prefetch);
+          const auto multiply_all = [&](auto& beside) {
+            for_tokens(first, last, [&]<int J>(int64_t t) {
+              multiply.template operator()<J>(rows, kStride, g, t, at, n, beside);
+            });
+          };
+          if (ahead) {
+            which = 1 - which;
+            // The next rows; or the first of them again, of the columns that follow or for the next part.
+            const int64_t row = g + kTogether < groups ? g + kTogether : 0,
+                          after = at + n < end || part + 1 == parts ? at + n : k, col = row > 0 ? at : after,
+                          col_end = col < end ? end : w.cols - end < most ? w.cols : end + most;
+            RowsAhead<F> beside(w, tables, p.strip.first + row, col < w.cols ? exist(row) : 0, col,
+                                row > 0 ? n : visit(col, col_end), decoded + which * kTogether * kStride, kStride,
+                                blocks_of(last - first, 3) * ((n + 31) / 32) * kTicks, prefetch);
+            multiply_all(beside);
+            beside.finish();
+            prefetch = beside.prefetch();
+          } else {
+            multiply_all(prefetch);
+          }
+          if (left && part + 1 == parts && exist(g) > 0) rows_left_over(rows, kStride, g, exist(g), at, n, prefetch);
         }
-        if (left && exist(g) > 0) rows_left_over(rows, kStride, g, exist(g), at, n, prefetch);
       }
-    }
   }
   for (int64_t g = 0; g < groups; g += 16) {
     for (int64_t t = 0; t < tokens; ++t)
