@@ -263,7 +263,8 @@ def test_kernel_files_share_no_code(tmp_path):
     for source in EXT.glob("gemm_*.cpp"):
         target = tmp_path / (source.stem + ".o")
         own = flags[source.name].split(";") if source.name in flags else []
-        subprocess.run([compiler, "-std=c++20", "-O0", "-w", *own, "-c", source, "-o", target], check=True)
+        always = ["-std=c++20", "-O0", "-w", "-fno-exceptions"]
+        subprocess.run([compiler, *always, *own, "-c", source, "-o", target], check=True)
         listed = subprocess.run(
             ["nm", "-C", "--defined-only", target], capture_output=True, text=True, check=True
         ).stdout
