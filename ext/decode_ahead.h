@@ -100,7 +100,7 @@ class PairsAhead {
     }
     if (whole < strip_->count)
       across_panel(strip_->matrix, *tables_, k_, depth_, strip_->first + whole, strip_->count - whole,
-                   panel_ + whole * pairs * 2, pairs, prefetch_);
+                   panel_ + whole * pairs * 2, prefetch_);
   }
   const Prefetch& prefetch() const { return prefetch_; }
 

@@ -68,15 +68,15 @@ __attribute__((noinline)) void decode_pairs(Matrix w, Tables<F> tables, int64_t 
     DecodePair<F>::load(tables.scale(w, row, block), p, tables.scale(w, row + 1, block), p + row_size, at, out);
 }
 
-// Rows [k, k + depth) x n columns from col -> panels [n / kLine][pairs][kLine][2], zeros beyond depth rows; k and col
-// multiples of 64.
+// Rows [k, k + depth) x n columns from col -> panels [n / kLine][pairs][kLine][2], a zero row behind an odd last one; k
+// and col multiples of 64.
 template <Format F>
 inline void across_panel(const Matrix& w, const Tables<F>& tables, int64_t k, int64_t depth, int64_t col, int64_t n,
-                         uint16_t* panel, int64_t pairs, Prefetch& cursor) {
+                         uint16_t* panel, Prefetch& cursor) {
   constexpr int64_t kTogether = 32;  // rows per visit of a column line: bounds the DRAM pages open at once
   constexpr int64_t kAtOnce = 4;     // pairs of rows between two requests for memory
   Prefetch prefetch = cursor;
-  const int64_t row_size = row_bytes(F, w.cols);
+  const int64_t row_size = row_bytes(F, w.cols), pairs = (depth + 1) / 2;
   for (int64_t i = 0; i < depth; i += kTogether)
     for (int64_t c = 0; c < n; c += kLine) {
       uint16_t* out = panel + (c * pairs + i / 2 * kLine) * 2;
@@ -107,9 +107,5 @@ inline void across_panel(const Matrix& w, const Tables<F>& tables, int64_t k, in
         for (; r + 1 < end; r += 2) visit(r, n - c);
       if (r < end) interleave(load(k + i + r, n - c), Weights{_mm512_setzero_si512(), _mm512_setzero_si512()}, out);
     }
-  const int64_t stored = (depth + 1) / 2;
-  for (int64_t c = 0; stored < pairs && c < n; c += kLine)
-    __builtin_memset(panel + (c * pairs + stored * kLine) * 2, 0, static_cast<size_t>((pairs - stored) * kLine * 4));
   cursor = prefetch;
 }
-inline int64_t across_ticks(int64_t n, int64_t pairs) { return (n + kLine - 1) / kLine * pairs; }

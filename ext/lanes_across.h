@@ -47,11 +47,7 @@ void across_lanes(const Product& p) {
   std::byte* const room = spare + kPairsDepth * (kLineBytes + kSpareScales);
   const int64_t lines = (p.strip.count + kLine - 1) / kLine, row_size = row_bytes(F, w.cols),
                 scales_size = scales_per_row(block, w.cols) * block.bytes;
-  const auto order = [&](bool back) {
-    for (int64_t r = 0; r < p.rows; ++r)
-      for (int64_t line = 0; line < lines; ++line) order_line<F>(p.c + r * p.ldc + line * kLine, back);
-  };
-  if (p.add) order(false);
+  if (p.add) order_lines<F>(p, lines, false);
   for (int64_t k = 0; k < w.rows; k += kPairsDepth) {
     const int64_t depth = w.rows - k < kPairsDepth ? w.rows - k : kPairsDepth,
                   padded = (depth + kPad - 1) / kPad * kPad;
@@ -88,5 +84,5 @@ void across_lanes(const Product& p) {
       multiply.template operator()<1>();
     }
   }
-  order(true);
+  order_lines<F>(p, lines, true);
 }

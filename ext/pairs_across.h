@@ -168,6 +168,13 @@ inline void order_line(float* c, bool back) {
   }
 }
 
+// C of the first `lines` lines of a product.
+template <Format F>
+inline void order_lines(const Product& p, int64_t lines, bool back) {
+  for (int64_t r = 0; r < p.rows; ++r)
+    for (int64_t line = 0; line < lines; ++line) order_line<F>(p.c + r * p.ldc + line * kLine, back);
+}
+
 // What a format looks up for a block of 128 x 128 weights at (row, col), rows and columns as Tables has them.
 template <Format F>
 inline const std::byte* pairs_table(const Tables<F>& tables, int64_t row, int64_t col) {

@@ -97,12 +97,8 @@ void across_many(const Product& p) {
   const auto tables_of = [&](int64_t i, const Strip& strip) {
     return Tables<F>(w, blocks.start(i), size(i), strip.first, strip.count, room);
   };
-  // The order of the columns of whole lines in panels, or back.
-  const auto order = [&](bool back) {
-    for (int64_t r = 0; r < p.rows; ++r)
-      for (int64_t line = 0; line < p.strip.count / kLine; ++line) order_line<F>(p.c + r * p.ldc + line * kLine, back);
-  };
-  if (p.add) order(false);
+  const int64_t whole = p.strip.count / kLine;  // lines, whose columns panels have in another order
+  if (p.add) order_lines<F>(p, whole, false);
   PairsAhead<F>(lines_from(0), tables_of(0, lines_from(0)), 0, size(0), panels[0], 0, Prefetch()).finish();
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const int64_t k = blocks.start(i), pairs = (blocks.size(i) + 1) / 2, ticks = tiles(p.rows) * (pairs / kPanelTick);
@@ -131,7 +127,7 @@ void across_many(const Product& p) {
       prefetch = beside.prefetch();
     }
   }
-  order(true);
+  order_lines<F>(p, whole, true);
 }
 
 // What products of no rows cost: their decoding.
@@ -144,6 +140,6 @@ void across_nothing(const Product& p) {
   for (int64_t k = 0; k < rows; k += kLine) {
     const int64_t depth = rows - k < kLine ? rows - k : kLine;
     const Tables<F> tables(p.strip.matrix, k, depth, p.strip.first, p.strip.count, room);
-    across_panel<F>(p.strip.matrix, tables, k, depth, p.strip.first, p.strip.count, panel, (depth + 1) / 2, none);
+    across_panel<F>(p.strip.matrix, tables, k, depth, p.strip.first, p.strip.count, panel, none);
   }
 }
