@@ -17,41 +17,28 @@ struct HalfTable {
 constexpr HalfTable kHalfTable{};
 template <Format F>
 constexpr bool kPlusHalf = F == Format::kInt8Group128;  // what `along` transposes
-inline __m512i flip_negative(__m512i codes) {
-  const __m512i most = _mm512_set1_epi8(127);
-  return _mm512_mask_sub_epi8(codes, _mm512_movepi8_mask(codes), most, codes);
+// Of a negative byte all bits but its sign are flipped: logic and shifts, which cost nothing beside dot products as
+// masks of bytes and instructions of Galois fields do.
+inline __attribute__((always_inline)) __m512i flip_negative(__m512i codes) {
+  const __m512i sign = _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>(0x80)));
+  return _mm512_xor_si512(codes, _mm512_sub_epi8(sign, _mm512_srli_epi16(sign, 7)));
 }
 
-// 16 stored rows x 64 bytes of columns -> 16 vectors, each with the same 4 bytes of all rows: each lane of 128 bits has
-// the first 2 bytes of its four rows, then the next 2.
-template <Format F>
-void transpose_codes(const uint8_t* p, int64_t step, std::byte* out) {
-  __asm__("" : "+r"(step));  // or compilers keep its multiples, more than there are registers for
-  __m512i of[4][4];          // by groups of four rows
-#pragma GCC unroll 4
-  for (int g = 0; g < 4; ++g, p += 4 * step) {
-    const auto row = [&](int64_t i) {
-      const __m512i codes = _mm512_loadu_si512(p + i * step);
-      return kPlusHalf<F> ? flip_negative(codes) : codes;
-    };
-    const __m512i r0 = row(0), r1 = row(1), r2 = row(2), r3 = row(3);
-    const __m512i a = _mm512_unpacklo_epi16(r0, r1), b = _mm512_unpackhi_epi16(r0, r1),
-                  c = _mm512_unpacklo_epi16(r2, r3), d = _mm512_unpackhi_epi16(r2, r3);
-    of[0][g] = _mm512_unpacklo_epi32(a, c);
-    of[1][g] = _mm512_unpackhi_epi32(a, c);
-    of[2][g] = _mm512_unpacklo_epi32(b, d);
-    of[3][g] = _mm512_unpackhi_epi32(b, d);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512i(&v)[4] = of[i];
-    const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x88), b = _mm512_shuffle_i32x4(v[0], v[1], 0xdd),
-                  c = _mm512_shuffle_i32x4(v[2], v[3], 0x88), d = _mm512_shuffle_i32x4(v[2], v[3], 0xdd);
-    _mm512_store_si512(out + 64 * i, _mm512_shuffle_i32x4(a, c, 0x88));
-    _mm512_store_si512(out + 64 * (i + 4), _mm512_shuffle_i32x4(b, d, 0x88));
-    _mm512_store_si512(out + 64 * (i + 8), _mm512_shuffle_i32x4(a, c, 0xdd));
-    _mm512_store_si512(out + 64 * (i + 12), _mm512_shuffle_i32x4(b, d, 0xdd));
-  }
+// 8 stored rows x 16 bytes of columns -> halves of 4 vectors, each with the same 4 bytes of all rows: each lane of 128
+// bits has the first 2 bytes of its four rows, then the next 2. So few at a time leave products their registers.
+inline __attribute__((always_inline)) void transpose_codes(const uint8_t* p, int64_t step, std::byte* out) {
+  const auto rows = [&](int64_t i) __attribute__((always_inline)) {
+    const auto row = [&](int64_t r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + r * step)); };
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(row(i)), row(i + 4), 1);
+  };
+  const __m256i r0 = rows(0), r1 = rows(1), r2 = rows(2), r3 = rows(3);
+  const __m256i a = _mm256_unpacklo_epi16(r0, r1), b = _mm256_unpackhi_epi16(r0, r1),
+                c = _mm256_unpacklo_epi16(r2, r3), d = _mm256_unpackhi_epi16(r2, r3);
+  const auto store = [&](int64_t i, __m256i v) { _mm256_store_si256(reinterpret_cast<__m256i*>(out + 64 * i), v); };
+  store(0, _mm256_unpacklo_epi32(a, c));
+  store(1, _mm256_unpackhi_epi32(a, c));
+  store(2, _mm256_unpacklo_epi32(b, d));
+  store(3, _mm256_unpackhi_epi32(b, d));
 }
 
 // How codes of 16 stored rows, as transpose_codes leaves them, become pairs of columns. Where rows have
@@ -76,7 +63,11 @@ struct ByteLanes {
 template <>
 struct Lanes<Format::kFp8Block> : ByteLanes {};
 template <>
-struct Lanes<Format::kInt8Group128> : ByteLanes {};
+struct Lanes<Format::kInt8Group128> : ByteLanes {
+  static inline __attribute__((always_inline)) LowHigh load(const std::byte* p, const std::byte* table) {
+    return by_table(flip_negative(_mm512_load_si512(p)), table);
+  }
+};
 
 // The bf16 of 16 codes, twice: a look-up takes five bits, of which the fifth is the next code's.
 struct NibbleTable {
@@ -137,7 +128,10 @@ struct LaneSums {
   // A number for each row to begin with; null: zeros.
   inline __attribute__((always_inline)) explicit LaneSums(const float* start) : LaneSums(nullptr, 0, false) {
 #pragma GCC unroll 12
-    for (int i = 0; start && i < R; ++i) of[0][i][0] = of[0][i][1] = _mm512_set1_ps(start[i]);
+    for (int i = 0; start && i < R; ++i) {
+      __asm__ volatile("vbroadcastss %1, %0" : "=v"(of[0][i][0]) : "m"(start[i]));
+      __asm__ volatile("vbroadcastss %1, %0" : "=v"(of[0][i][1]) : "m"(start[i]));
+    }
   }
   // Pair `q` of the rows at x [R][2], times two vectors of pairs.
   inline __attribute__((always_inline)) void multiply(int64_t q, const uint16_t* x, const __m512i (&y)[2]) {

@@ -5,9 +5,11 @@ constexpr int64_t kPairsDepth = 128;  // stored rows per visit: 4 KB apart, they
 
 // C [R, 32] (+)= A [pairs][R][2] x pairs of stored rows from w on, `half` of a line of 64 columns.
 template <Format F, int R, int half>
-void across_tile(const uint16_t* a, const uint8_t* w, int64_t row_size, int64_t pairs, const std::byte* table,
-                 const uint8_t* scales, int64_t scales_step, float* c, int64_t ldc, bool add, Prefetch& cursor) {
-  Prefetch prefetch = cursor;
+KJAX_ALONE void across_tile(const uint16_t* a, const uint8_t* w, int64_t row_size, int64_t pairs,
+                            const std::byte* table, const uint8_t* scales, int64_t scales_step, float* c, int64_t ldc,
+                            bool add, Prefetch& cursor) {
+  // Beside many sums it stays in memory: a copy in registers has others spilled.
+  std::conditional_t<(R > 6), Prefetch&, Prefetch> prefetch = cursor;
   LaneSums<R> sums(c, ldc, add);
   for (; pairs > 0; pairs -= 2) {  // an even number: operand rows are padded
     prefetch.tick();

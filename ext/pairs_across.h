@@ -9,9 +9,14 @@ struct LowHigh {
 inline __attribute__((always_inline)) LowHigh by_table(__m512i codes, const std::byte* table) {
   const auto line = [&](int64_t i) { return _mm512_load_si512(table + 64 * i); };
   const __m512i low = _mm512_permutex2var_epi8(line(0), codes, line(1));
-  const __m512i magnitude = _mm512_permutex2var_epi8(line(2), codes, line(3));
-  return {low, _mm512_ternarylogic_epi32(magnitude, codes, _mm512_set1_epi8(static_cast<char>(0x80)),
-                                         0x78)};  // magnitude ^ (codes & sign)
+  __m512i magnitude = _mm512_permutex2var_epi8(line(2), codes, line(3));
+  static const uint32_t kSigns = 0x80808080;
+#if defined(KJAX_EMULATED)
+  return {low, _mm512_ternarylogic_epi32(magnitude, codes, _mm512_set1_epi32(static_cast<int>(kSigns)), 0x78)};
+#else  // magnitude ^ (codes & sign), said in assembly, as compilers keep the signs in a register that sums need
+  __asm__("vpternlogd $0x78, %2%{1to16%}, %1, %0" : "+v"(magnitude) : "v"(codes), "m"(kSigns));
+  return {low, magnitude};
+#endif
 }
 
 // bf16 of two vectors of floats, interleaved: a in the even words.

@@ -1,6 +1,14 @@
 // The vector type of the AVX-512 files: 16 floats and their conversions, with masks for partial vectors.
 // Included inside an unnamed namespace after <immintrin.h>.
 
+// A function that compilers neither inline nor shape by its callers: a loop whose sums fill the registers would be
+// compiled with their addresses in mind too, and sums stored.
+#if defined(__clang__)
+#define KJAX_ALONE __attribute__((noinline))
+#else
+#define KJAX_ALONE __attribute__((noipa))
+#endif
+
 constexpr int kLanes = 16;
 struct V {
   __m512 v;
