@@ -36,12 +36,46 @@ inline __m512 sums_of(const __m512 (&v)[R]) {
                        _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
 }
 
+// W stored rows x `depth` columns from (row, k0) on that are asked for, one after the other, while as many others are
+// multiplied; where rows do not exist, the last stands for them. Without branches: one that is taken now and then costs
+// as much as all else that is done beside products.
+template <Format F, int W>
+struct RowsLater {
+  RowsLater(const Matrix& w, int64_t row, int64_t n, int64_t k0, int64_t depth)
+      : ticks_((depth + kBlock - 1) / kBlock), inverse_((kOne * W + ticks_ - 1) / ticks_) {
+    for (int j = 0; j < W; ++j) {
+      const int64_t r = row + (j < n ? j : n - 1);
+      rows_[j] = byte_at(F, w, r, k0);
+      if constexpr (kRowScales<F>) scales_[j] = scale_ptr(F, w, r, k0);
+    }
+  }
+  // Tick k / 128 of them: W x 128 columns.
+  inline __attribute__((always_inline)) void ask(int64_t k) const {
+    const int64_t tick = k / kBlock, row = tick * inverse_ / kOne, block = tick * W - row * ticks_;
+    const uint8_t* const p = rows_[row] + block * bytes_of(F, kBlock);
+    for (int64_t line = 0; line < W * bytes_of(F, kBlock); line += 64) __builtin_prefetch(p + line, 0, 2);
+    if constexpr (kRowScales<F>)
+      __builtin_prefetch(scales_[row] + 2 * block * (kBlock / kScaleBlock[static_cast<int>(F)].cols), 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kOne = 1 << 16;
+  int64_t ticks_, inverse_;
+  const uint8_t *rows_[W], *scales_[W];
+};
+
+// The same interface for whoever asks for other bytes meanwhile.
+struct TicksLater {
+  Prefetch* prefetch;
+  void ask(int64_t) const { prefetch->tick(); }
+};
+
 // Sums [W stored rows][R of kSums operand rows] (+)= W [W, depth] x A [R, depth], both along k. Stored rows from
 // (row, k0) on, k0 a multiple of 128, are decoded 64 columns at a time in registers; n of them exist, and the last
 // stands for those missing. A in blocks [depth / 32][R][32], zeros from depth on.
-template <Format F, int R, int W>
+template <Format F, int R, int W, class Later>
 void dot_tile(const uint16_t* a, const Matrix& w, const Tables<F>& tables, int64_t row, int64_t n, int64_t k0,
-              int64_t depth, float* sums, bool add, Prefetch& prefetch) {
+              int64_t depth, float* sums, bool add, const Later& later) {
   __m512 sum[W][R];
   const uint8_t* stored[W];
 #pragma GCC unroll 4
@@ -71,7 +105,7 @@ void dot_tile(const uint16_t* a, const Matrix& w, const Tables<F>& tables, int64
     if (n > 32) multiply(high);
   };
   for (int64_t k = 0; k < depth; k += kBlock) {
-    prefetch.tick();
+    later.ask(k);
 #pragma GCC unroll 4
     for (int j = 0; j < W; ++j) scale[j] = tables.scale(w, row + (j < n ? j : n - 1), k0 + k);
     if (depth - k >= kBlock) {
@@ -90,7 +124,7 @@ void dot_tile(const uint16_t* a, const Matrix& w, const Tables<F>& tables, int64
   }
 }
 
-// Few rows: all of them meet W stored rows at a time, as tile(first stored row, k, depth, prefetch) has it, in blocks
+// Few rows: all of them meet W stored rows at a time, as tile(first stored row, k, depth, later) has it, in blocks
 // of up to `deepest` columns and kBlock more; sums [stored rows][kSums].
 template <Format F, int W, class Tile>
 void along_groups(const Product& p, int64_t deepest, const float* sums, Tile tile) {
@@ -100,16 +134,14 @@ void along_groups(const Product& p, int64_t deepest, const float* sums, Tile til
   constexpr int64_t ahead = 4;  // groups between asking for stored rows and reading them
   for (int64_t u = 0; u < units; ++u) {
     // The group `ahead` of this one, in this strip or the next.
-    const bool here = u + ahead < units;
+    const bool here = u + ahead < units || p.next.count == 0;
     const Strip& s = here ? p.strip : p.next;
-    const int64_t v = here ? u + ahead : u + ahead - units, later = v % groups * W, later_k = v / groups * step;
-    const int64_t later_depth = s.matrix.cols - later_k < step ? s.matrix.cols - later_k : step;
-    const int64_t later_rows = s.count - later < W ? s.count - later : W;
+    const int64_t v = (here ? u + ahead : u + ahead - units) % units, row = v % groups * W, col = v / groups * step;
     const int64_t k = u / groups * step, depth = w.cols - k < step ? w.cols - k : step;
-    Prefetch prefetch(byte_at(F, s.matrix, s.first + later, later_k), row_bytes(F, s.matrix.cols),
-                      bytes_of(F, later_depth), later_k < s.matrix.cols && later_rows > 0 ? later_rows : 0,
-                      depth / kBlock, scales_of<F>(s.matrix, s.first + later, later_k, later_depth));
-    tile(u % groups * W, k, depth, prefetch);
+    const bool exists = row < s.count && col < s.matrix.cols;
+    tile(u % groups * W, k, depth,
+         exists ? RowsLater<F, W>(s.matrix, s.first + row, s.count - row, col, depth)
+                : RowsLater<F, W>(w, p.strip.first, p.strip.count, k, depth));
   }
   for (int64_t g = 0; g < p.strip.count; g += 16) unpack_sums(sums + g * kSums, kSums, p.rows, p.c + g, p.ldc, p.add);
 }
@@ -120,10 +152,10 @@ void along_few(const Product& p) {
   const uint16_t* const operands = static_cast<const uint16_t*>(p.a);
   float* const sums = reinterpret_cast<float*>(p.scratch);
   const Tables<F> tables(w, p.strip.first, p.strip.count, 0, w.cols, p.scratch + 2 * kLine * kSums * sizeof(float));
-  along_groups<F, W>(p, operand_depth<F>(p.rows), sums, [&](int64_t stored, int64_t k, int64_t depth, Prefetch& ahead) {
+  along_groups<F, W>(p, operand_depth<F>(p.rows), sums, [&](int64_t stored, int64_t k, int64_t depth, const auto& later) {
     with_rows<least, most>(p.rows, [&]<int R>() {
       dot_tile<F, R, W>(operands + k * R, w, tables, p.strip.first + stored, p.strip.count - stored, k, depth,
-                        sums + stored * kSums, k > 0, ahead);
+                        sums + stored * kSums, k > 0, later);
     });
   });
 }

@@ -81,8 +81,7 @@ struct PartLine {
 // missing.
 template <Format F, int R, int W>
 void float_tile(const float* a, const Matrix& w, int64_t row, int64_t n, int64_t k, int64_t depth, float* sums,
-                bool add, Prefetch& cursor) {
-  Prefetch prefetch = cursor;
+                bool add, const RowsLater<F, W>& later) {
   __m512 total[W][R];
   const uint8_t *stored[W], *scales[W];
 #pragma GCC unroll 4
@@ -94,8 +93,8 @@ void float_tile(const float* a, const Matrix& w, int64_t row, int64_t n, int64_t
     for (int r = 0; r < R; ++r) total[j][r] = _mm512_setzero_ps();
   }
   PartLine<F> part[W];
-  for (; depth > 0; depth -= kLineColumns) {
-    prefetch.tick();
+  for (int64_t at = 0; depth > 0; depth -= kLineColumns, at += kLineColumns) {
+    later.ask(at);
     if (depth < kLineColumns)
       for (int j = 0; j < W; ++j) {
         part[j].copy(stored[j], scales[j], depth);
@@ -132,7 +131,6 @@ void float_tile(const float* a, const Matrix& w, int64_t row, int64_t n, int64_t
     const __m512 all = sums_of(total[j]);
     _mm512_store_ps(sums + j * kSums, add ? _mm512_add_ps(_mm512_load_ps(sums + j * kSums), all) : all);
   }
-  cursor = prefetch;
 }
 
 // Operand rows as dot products take them, [blocks of 32 columns][R][32], into lines for float_tile.
@@ -154,11 +152,11 @@ void along_floats(const Product& p) {
   constexpr int kTogether = 4;        // stored rows
   float* const sums = reinterpret_cast<float*>(p.scratch);
   float* const x = sums + 2 * kLine * kSums;  // up to kDeepest + kBlock columns
-  along_groups<F, kTogether>(p, kDeepest, sums, [&](int64_t stored, int64_t k, int64_t depth, Prefetch& prefetch) {
+  along_groups<F, kTogether>(p, kDeepest, sums, [&](int64_t stored, int64_t k, int64_t depth, const auto& later) {
     if (stored == 0) widen_lines<F>(static_cast<const uint16_t*>(p.a) + k * p.rows, p.rows, depth, x);
     with_rows<1, kFloatRowsAlong>(p.rows, [&]<int R>() {
       float_tile<F, R, kTogether>(x, p.strip.matrix, p.strip.first + stored, p.strip.count - stored, k, depth,
-                                  sums + stored * kSums, k > 0, prefetch);
+                                  sums + stored * kSums, k > 0, later);
     });
   });
 }
@@ -167,8 +165,7 @@ void along_floats(const Product& p) {
 // kPairsDepth apart.
 template <Format F, int R, int V, int first>
 void float_line(const float* a, const uint8_t* stored, int64_t step, const uint8_t* scales, int64_t scales_step,
-                int64_t rows, float* sums, bool add, Prefetch& cursor) {
-  Prefetch prefetch = cursor;
+                int64_t rows, float* sums, bool add, LinesLater& later) {
   __m512 sum[R][V];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -176,7 +173,7 @@ void float_line(const float* a, const uint8_t* stored, int64_t step, const uint8
     for (int i = 0; i < V; ++i)
       sum[r][i] = add ? _mm512_load_ps(sums + r * kLineColumns + 16 * (first + i)) : _mm512_setzero_ps();
   for (int64_t k = 0; k < rows; ++k, stored += step, scales += scales_step) {
-    prefetch.tick();
+    later.ask();
     const __m512 scale = Floats<F>::scales(scales);
     const auto codes = Floats<F>::load(stored);
     __m512 x[R];
@@ -193,7 +190,6 @@ void float_line(const float* a, const uint8_t* stored, int64_t step, const uint8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int i = 0; i < V; ++i) _mm512_store_ps(sums + r * kLineColumns + 16 * (first + i), sum[r][i]);
-  cursor = prefetch;
 }
 
 template <Format F>
@@ -214,11 +210,9 @@ void across_floats(const Product& p) {
       f(col, next - col, at);
     }
   };
-  const int64_t lines = (end - 1) / kLineColumns - p.strip.first / kLineColumns + 1;
   for (int64_t k = 0; k < w.rows; k += kPairsDepth) {
     const int64_t depth = w.rows - k < kPairsDepth ? w.rows - k : kPairsDepth;
-    const int passes = p.rows <= 2 ? 1 : 2;
-    Prefetch prefetch = visit_after<F>(p, k, passes * lines * depth);
+    LinesLater later = visit_after<F>(p, k);
     for (int64_t r = 0; r < p.rows; ++r)
       for (int64_t i = 0; i < depth; i += kLanes)
         store(x + r * kPairsDepth + i, load_bf16_n(operands(p, r, k) + i, depth - i < kLanes ? depth - i : kLanes));
@@ -232,7 +226,7 @@ void across_floats(const Product& p) {
         step = scales_step = sizeof(PartLine<F>);
       }
       const auto multiply = [&]<int R, int V, int first>() {
-        float_line<F, R, V, first>(x, stored, step, scales, scales_step, depth, at, k > 0, prefetch);
+        float_line<F, R, V, first>(x, stored, step, scales, scales_step, depth, at, k > 0, later);
       };
       with_rows<1, 2>(p.rows, [&]<int R>() { multiply.template operator()<R, 8, 0>(); });
       with_rows<3, kFloatRows>(p.rows, [&]<int R>() {
@@ -240,6 +234,7 @@ void across_floats(const Product& p) {
         multiply.template operator()<R, 4, 4>();
       });
     });
+    later.finish();
   }
   for_lines([&](int64_t col, int64_t n, float* at) {
     for (int64_t r = 0; r < p.rows; ++r, at += kLineColumns) {

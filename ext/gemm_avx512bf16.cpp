@@ -38,7 +38,7 @@ namespace {
 struct Rows {
   int64_t dot, along, across;
 };
-constexpr Rows kRows[kFormats] = {{15, 0, 12}, {}, {7, 28, 12}, {12, 0, 8}, {2, 28, 9}, {8, 28, 8}};
+constexpr Rows kRows[kFormats] = {{13, 0, 12}, {}, {6, 28, 12}, {12, 0, 8}, {2, 28, 9}, {7, 28, 8}};
 template <Format F>
 constexpr Rows kRowsOf = kRows[static_cast<int>(F)];
 
@@ -55,13 +55,13 @@ void pack(const void* from, int64_t lda, int64_t count, int64_t first, int64_t r
 template <Format F>
 void along(const Product& p) {
   if (p.rows == 0) return along_nothing<F>(p);
-  constexpr int64_t kDot = kRowsOf<F>.dot;
+  constexpr int64_t kDot = kRowsOf<F>.dot, kFour = kRowScales<F> ? 4 : 3;  // rows that meet four stored rows at a time
   if constexpr (kRowScales<F>)
     if (p.rows <= kFloatRowsAlong) return along_floats<F>(p);
   if constexpr (kDot >= 4)
-    if (p.rows <= 4) return along_few<F, 4, kRowScales<F> ? kFloatRowsAlong + 1 : 1, 4>(p);
-  if constexpr (kDot > 4)
-    if (p.rows <= kDot) return along_few<F, 2, 5, kDot>(p);
+    if (p.rows <= kFour) return along_few<F, 4, kRowScales<F> ? kFloatRowsAlong + 1 : 1, kFour>(p);
+  if constexpr (kDot > kFour)
+    if (p.rows <= kDot) return along_few<F, 2, kFour + 1, kDot>(p);
   if constexpr (kRowsOf<F>.along > 0)
     if (p.rows <= kRowsOf<F>.along) return along_lanes<F>(p);
   along_tokens<F>(p);

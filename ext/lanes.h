@@ -128,10 +128,7 @@ struct LaneSums {
   // A number for each row to begin with; null: zeros.
   inline __attribute__((always_inline)) explicit LaneSums(const float* start) : LaneSums(nullptr, 0, false) {
 #pragma GCC unroll 12
-    for (int i = 0; start && i < R; ++i) {
-      __asm__ volatile("vbroadcastss %1, %0" : "=v"(of[0][i][0]) : "m"(start[i]));
-      __asm__ volatile("vbroadcastss %1, %0" : "=v"(of[0][i][1]) : "m"(start[i]));
-    }
+    for (int i = 0; start && i < R; ++i) of[0][i][0] = of[0][i][1] = _mm512_set1_ps(start[i]);
   }
   // Pair `q` of the rows at x [R][2], times two vectors of pairs.
   inline __attribute__((always_inline)) void multiply(int64_t q, const uint16_t* x, const __m512i (&y)[2]) {

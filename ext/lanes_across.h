@@ -3,16 +3,19 @@
 
 constexpr int64_t kPairsDepth = 128;  // stored rows per visit: 4 KB apart, they and the next fill half the ways of L2
 
+// Twice 64 bytes at a time, for two pairs of stored rows of 32 columns, ask for as much as is visited meanwhile.
+template <Format F>
+constexpr int kAsks = F == Format::kBf16 ? 2 : 1;
+
 // C [R, 32] (+)= A [pairs][R][2] x pairs of stored rows from w on, `half` of a line of 64 columns.
 template <Format F, int R, int half>
 KJAX_ALONE void across_tile(const uint16_t* a, const uint8_t* w, int64_t row_size, int64_t pairs,
                             const std::byte* table, const uint8_t* scales, int64_t scales_step, float* c, int64_t ldc,
-                            bool add, Prefetch& cursor) {
-  // Beside many sums it stays in memory: a copy in registers has others spilled.
-  std::conditional_t<(R > 6), Prefetch&, Prefetch> prefetch = cursor;
+                            bool add, LinesLater& later) {
   LaneSums<R> sums(c, ldc, add);
   for (; pairs > 0; pairs -= 2) {  // an even number: operand rows are padded
-    prefetch.tick();
+#pragma GCC unroll 2
+    for (int i = 0; i < kAsks<F>; ++i) later.ask();
     __asm__("" : "+r"(table));  // its lines are read again and again: sums need the registers
 #pragma GCC unroll 2
     for (int q = 0; q < 2; ++q) {
@@ -25,17 +28,16 @@ KJAX_ALONE void across_tile(const uint16_t* a, const uint8_t* w, int64_t row_siz
     }
   }
   sums.store(c, ldc);
-  cursor = prefetch;
 }
 
-// Asks for the stored rows that are visited after those from k on, in this strip or the next.
+// The stored rows that are visited after those from k on, in this strip or the next, to be asked for.
 template <Format F>
-Prefetch visit_after(const Product& p, int64_t k, int64_t ticks) {
+LinesLater visit_after(const Product& p, int64_t k) {
   const bool here = k + kPairsDepth < p.strip.matrix.rows;
   const Strip& s = here ? p.strip : p.next;
   const int64_t from = here ? k + kPairsDepth : 0, left = s.matrix.rows - from;
-  return Prefetch(byte_at(F, s.matrix, from, s.first), row_bytes(F, s.matrix.cols), bytes_of(F, s.count),
-                  left < kPairsDepth ? left : kPairsDepth, ticks, scales_of<F>(s.matrix, from, s.first, s.count));
+  return {byte_at(F, s.matrix, from, s.first), row_bytes(F, s.matrix.cols), bytes_of(F, s.count),
+          left < kPairsDepth ? left : kPairsDepth, scales_of<F>(s.matrix, from, s.first, s.count)};
 }
 
 template <Format F>
@@ -53,7 +55,7 @@ void across_lanes(const Product& p) {
   for (int64_t k = 0; k < w.rows; k += kPairsDepth) {
     const int64_t depth = w.rows - k < kPairsDepth ? w.rows - k : kPairsDepth,
                   padded = (depth + kPad - 1) / kPad * kPad;
-    Prefetch prefetch = visit_after<F>(p, k, (p.rows + kLaneRows - 1) / kLaneRows * lines * padded / 2);
+    LinesLater later = visit_after<F>(p, k);
     const Tables<F> tables(w, k, depth, p.strip.first, p.strip.count, room);
     pack_lanes(operands(p, 0, k), p.lda, p.rows, 0, p.rows, 0, padded, packed, padded);
     for (int64_t line = 0; line < lines; ++line) {
@@ -79,12 +81,13 @@ void across_lanes(const Product& p) {
       const auto multiply = [&]<int half>() {
         for_tiles<kLaneRows>(p.rows, [&]<int R>(int64_t r) {
           across_tile<F, R, half>(packed + r * padded, stored, step, padded / 2, table, of_rows, scales_step,
-                                  p.c + r * p.ldc + line * kLine + half * 32, p.ldc, p.add || k > 0, prefetch);
+                                  p.c + r * p.ldc + line * kLine + half * 32, p.ldc, p.add || k > 0, later);
         });
       };
       multiply.template operator()<0>();
       multiply.template operator()<1>();
     }
+    later.finish();
   }
   order_lines<F>(p, lines, true);
 }

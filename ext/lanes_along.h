@@ -92,30 +92,9 @@ class VisitsAhead {
     }
     at_ = 0;
   }
-  // `rows` runs of `bytes` bytes, `stride` apart, and their scales to be asked for: two lines of 64 bytes at a time.
-  void ask_later(const uint8_t* base, int64_t stride, int64_t bytes, int64_t rows, const ScaleRun& scales) {
-    const int64_t of_run = blocks_of(bytes, 128);
-    asked_ = base;
-    asks_ = bytes > 0 ? rows * of_run : 0;
-    run_ = 0;
-    runs_ = of_run;
-    wrap_ = stride - of_run * 128;
-    scales_ = scales.at;
-    scales_step_ = scales.stride;
-  }
+  void ask_later(const LinesLater& lines) { lines_ = lines; }
 
-  inline __attribute__((always_inline)) void ask() {
-    if (asks_ <= 0) return;
-    --asks_;
-    const uint8_t* const p = asked_;
-    __builtin_prefetch(p, 0, 2);
-    __builtin_prefetch(p + 64, 0, 2);
-    __builtin_prefetch(scales_, 0, 2);
-    const bool last = ++run_ == runs_;
-    run_ = last ? 0 : run_;
-    asked_ = p + 128 + (last ? wrap_ : 0);
-    scales_ += last ? scales_step_ : 0;
-  }
+  inline __attribute__((always_inline)) void ask() { lines_.ask(); }
   inline __attribute__((always_inline)) void transpose() {
     if (units_ <= 0) return;
     --units_;
@@ -128,7 +107,7 @@ class VisitsAhead {
   }
   void finish() {
     while (units_ > 0) transpose();
-    while (asks_ > 0) ask();
+    lines_.finish();
   }
 
  private:
@@ -136,9 +115,8 @@ class VisitsAhead {
   int64_t step_ = 0, units_ = 0;
   std::byte* out_ = nullptr;
   uint64_t at_ = 0;
-  const uint8_t *asked_ = nullptr, *scales_ = nullptr;
-  int64_t asks_ = 0, run_ = 0, runs_ = 0, wrap_ = 0, scales_step_ = 0;
   int64_t from_[16], to_[16];
+  LinesLater lines_;
 };
 
 // Pairs of columns that lane_tile takes: with sums of two groups of 128 in one function compilers spill them.
@@ -218,10 +196,10 @@ void along_lanes(const Product& p) {
     const LanesVisit v = lanes_visit(p.strip, i);
     transpose_later(i + 1);
     const Strip& s = i + 2 < visits ? p.strip : p.next;
-    if (const LanesVisit later = lanes_visit(s, i + 2 < visits ? i + 2 : i + 2 - visits); later.rows > 0)
-      beside.ask_later(byte_at(F, s.matrix, s.first + later.row, later.k), row_bytes(F, s.matrix.cols),
-                       bytes_of(F, later.depth), later.rows,
-                       scales_of<F>(s.matrix, s.first + later.row, later.k, later.depth));
+    const LanesVisit later = lanes_visit(s, i + 2 < visits ? i + 2 : i + 2 - visits);
+    beside.ask_later({byte_at(F, s.matrix, s.first + later.row, later.k), row_bytes(F, s.matrix.cols),
+                      bytes_of(F, later.depth), later.rows,
+                      scales_of<F>(s.matrix, s.first + later.row, later.k, later.depth)});
     const std::byte* table = tables.at_block(p.strip.first, v.k);
     if constexpr (F == Format::kInt8Group128) table = reinterpret_cast<const std::byte*>(&kHalfTable);
     if constexpr (F == Format::kInt4Group32) table = reinterpret_cast<const std::byte*>(&kNibbleTable);

@@ -51,3 +51,40 @@ class Prefetch {
   ScaleRun scales_;
   int rate_ = 0, due_ = 0;
 };
+
+// The same for products that are done within few cycles: two lines of 64 bytes at each step as long as there are any, and
+// nothing that is decided anew at each of them, for branches that are taken now and then cost as much as all else that
+// is done beside products.
+class LinesLater {
+ public:
+  LinesLater() = default;
+  LinesLater(const uint8_t* base, int64_t stride, int64_t bytes, int64_t rows, const ScaleRun& scales)
+      : at_(base),
+        scales_(scales.at),
+        left_(base && bytes > 0 ? rows * ((bytes + kBytes - 1) / kBytes) : 0),
+        of_run_((bytes + kBytes - 1) / kBytes),
+        wrap_(stride - of_run_ * kBytes),
+        scales_stride_(scales.stride) {}
+
+  inline __attribute__((always_inline)) void ask() {
+    if (left_ <= 0) return;
+    --left_;
+    const uint8_t* const p = at_;
+    __builtin_prefetch(p, 0, 2);
+    __builtin_prefetch(p + 64, 0, 2);
+    __builtin_prefetch(scales_, 0, 2);
+    const bool last = ++of_this_ == of_run_;
+    of_this_ = last ? 0 : of_this_;
+    at_ = p + kBytes + (last ? wrap_ : 0);
+    scales_ += last ? scales_stride_ : 0;
+  }
+  void finish() {
+    while (left_ > 0) ask();
+  }
+
+ private:
+  static constexpr int64_t kBytes = 128;
+
+  const uint8_t *at_ = nullptr, *scales_ = nullptr;
+  int64_t left_ = 0, of_this_ = 0, of_run_ = 0, wrap_ = 0, scales_stride_ = 0;
+};

@@ -153,7 +153,7 @@ void along_tokens(const Product& p) {
         for (int64_t r = 0; r < count; r += 2)
           dot_tile<Format::kBf16, R, 2>(packed + tokens * 16 * p.lda + (at + i) * R, operands, none, r, count - r, i,
                                         n - i < together ? n - i : together, left_sums + (g + r) * kSums, at + i > 0,
-                                        prefetch);
+                                        TicksLater{&prefetch});
     });
   };
   // Tiles of tokens from `first` to `last`, two or three at a time: f<J>(t).
