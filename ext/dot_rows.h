@@ -1,14 +1,15 @@
 // Few operand rows along stored rows: dot products with weights that are decoded in registers.
 // Included inside an unnamed namespace after decode_avx512.h.
 
-constexpr int64_t kSums = 16;                // room for the sums of a stored row in dot products, one per operand row
+constexpr int64_t kSums = 16;  // room for the sums of a stored row in dot products, one per operand row
 
 // Columns of so many operand rows that stay in L1, 32 KB or more, while stored rows meet them; those of bf16 take
-// a quarter of it, as they come faster.
+// a quarter of it, as they come faster. All of them, if that is next to all of L1: memory streams whole rows best.
 template <Format F>
-inline int64_t operand_depth(int64_t rows) {
-  constexpr int64_t kBytes = F == Format::kBf16 ? 24 << 10 : 32 << 10;
-  return kBytes / static_cast<int64_t>(sizeof(uint16_t)) / rows / kBlock * kBlock;
+inline int64_t operand_depth(int64_t rows, int64_t cols) {
+  constexpr int64_t kBytes = F == Format::kBf16 ? 24 << 10 : 32 << 10, kWhole = 55 << 9;
+  const int64_t of_column = rows * static_cast<int64_t>(sizeof(uint16_t));
+  return cols * of_column <= kWhole ? cols : kBytes / of_column / kBlock * kBlock;
 }
 
 inline __m512bh as_bf16(__m512i v) { return (__m512bh)v; }
@@ -42,20 +43,23 @@ inline __m512 sums_of(const __m512 (&v)[R]) {
 template <Format F, int W>
 struct RowsLater {
   RowsLater(const Matrix& w, int64_t row, int64_t n, int64_t k0, int64_t depth)
-      : ticks_((depth + kBlock - 1) / kBlock), inverse_((kOne * W + ticks_ - 1) / ticks_) {
+      : ticks_((depth + kBlock - 1) / kBlock), inverse_((kOne + ticks_ - 1) / ticks_) {
     for (int j = 0; j < W; ++j) {
       const int64_t r = row + (j < n ? j : n - 1);
       rows_[j] = byte_at(F, w, r, k0);
       if constexpr (kRowScales<F>) scales_[j] = scale_ptr(F, w, r, k0);
     }
   }
-  // Tick k / 128 of them: W x 128 columns.
+  // Tick k / 128 of them: W times 128 columns.
   inline __attribute__((always_inline)) void ask(int64_t k) const {
-    const int64_t tick = k / kBlock, row = tick * inverse_ / kOne, block = tick * W - row * ticks_;
-    const uint8_t* const p = rows_[row] + block * bytes_of(F, kBlock);
-    for (int64_t line = 0; line < W * bytes_of(F, kBlock); line += 64) __builtin_prefetch(p + line, 0, 2);
-    if constexpr (kRowScales<F>)
-      __builtin_prefetch(scales_[row] + 2 * block * (kBlock / kScaleBlock[static_cast<int>(F)].cols), 0, 2);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < W; ++i) {
+      const int64_t at = k / kBlock * W + i, row = at * inverse_ / kOne, block = at - row * ticks_;
+      const uint8_t* const p = rows_[row] + block * bytes_of(F, kBlock);
+      for (int64_t line = 0; line < bytes_of(F, kBlock); line += 64) __builtin_prefetch(p + line, 0, 2);
+      if constexpr (kRowScales<F>)
+        __builtin_prefetch(scales_[row] + 2 * block * (kBlock / kScaleBlock[static_cast<int>(F)].cols), 0, 2);
+    }
   }
 
  private:
@@ -152,10 +156,11 @@ void along_few(const Product& p) {
   const uint16_t* const operands = static_cast<const uint16_t*>(p.a);
   float* const sums = reinterpret_cast<float*>(p.scratch);
   const Tables<F> tables(w, p.strip.first, p.strip.count, 0, w.cols, p.scratch + 2 * kLine * kSums * sizeof(float));
-  along_groups<F, W>(p, operand_depth<F>(p.rows), sums, [&](int64_t stored, int64_t k, int64_t depth, const auto& later) {
-    with_rows<least, most>(p.rows, [&]<int R>() {
-      dot_tile<F, R, W>(operands + k * R, w, tables, p.strip.first + stored, p.strip.count - stored, k, depth,
-                        sums + stored * kSums, k > 0, later);
-    });
-  });
+  along_groups<F, W>(p, operand_depth<F>(p.rows, w.cols), sums,
+                     [&](int64_t stored, int64_t k, int64_t depth, const auto& later) {
+                       with_rows<least, most>(p.rows, [&]<int R>() {
+                         dot_tile<F, R, W>(operands + k * R, w, tables, p.strip.first + stored, p.strip.count - stored,
+                                           k, depth, sums + stored * kSums, k > 0, later);
+                       });
+                     });
 }

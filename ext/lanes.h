@@ -32,8 +32,8 @@ inline __attribute__((always_inline)) void transpose_codes(const uint8_t* p, int
     return _mm256_inserti128_si256(_mm256_castsi128_si256(row(i)), row(i + 4), 1);
   };
   const __m256i r0 = rows(0), r1 = rows(1), r2 = rows(2), r3 = rows(3);
-  const __m256i a = _mm256_unpacklo_epi16(r0, r1), b = _mm256_unpackhi_epi16(r0, r1),
-                c = _mm256_unpacklo_epi16(r2, r3), d = _mm256_unpackhi_epi16(r2, r3);
+  const __m256i a = _mm256_unpacklo_epi16(r0, r1), b = _mm256_unpackhi_epi16(r0, r1), c = _mm256_unpacklo_epi16(r2, r3),
+                d = _mm256_unpackhi_epi16(r2, r3);
   const auto store = [&](int64_t i, __m256i v) { _mm256_store_si256(reinterpret_cast<__m256i*>(out + 64 * i), v); };
   store(0, _mm256_unpacklo_epi32(a, c));
   store(1, _mm256_unpackhi_epi32(a, c));

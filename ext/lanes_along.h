@@ -75,8 +75,8 @@ inline LanesVisit lanes_visit(const Strip& s, int64_t i) {
 class VisitsAhead {
  public:
   // Codes of 32 stored rows x `bytes` bytes of columns, a multiple of 64, `step` apart, to be transposed to `out`,
-  // [2][vectors][16 stored rows], `out_step` apart. A unit is 8 rows x 16 bytes: along a line of 64 bytes, then the next
-  // 8 rows, then the next line.
+  // [2][vectors][16 stored rows], `out_step` apart. A unit is 8 rows x 16 bytes: along a line of 64 bytes, then the
+  // next 8 rows, then the next line.
   void transpose_later(const uint8_t* stored, int64_t step, int64_t bytes, std::byte* out, int64_t out_step) {
     stored_ = stored;
     step_ = step;
@@ -84,9 +84,7 @@ class VisitsAhead {
     units_ = bytes / 4;
     for (int64_t i = 0; i < 16; ++i) {
       const auto from = [&](int64_t u) { return u / 16 * 64 + u % 16 / 4 * 8 * step + u % 4 * 16; };
-      const auto to = [&](int64_t u) {
-        return u / 16 * 1024 + u % 16 / 8 * out_step + u / 4 % 2 * 32 + u % 4 * 256;
-      };
+      const auto to = [&](int64_t u) { return u / 16 * 1024 + u % 16 / 8 * out_step + u / 4 % 2 * 32 + u % 4 * 256; };
       from_[i] = from(i + 1) - from(i);
       to_[i] = to(i + 1) - to(i);
     }

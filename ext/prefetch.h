@@ -52,9 +52,9 @@ class Prefetch {
   int rate_ = 0, due_ = 0;
 };
 
-// The same for products that are done within few cycles: two lines of 64 bytes at each step as long as there are any, and
-// nothing that is decided anew at each of them, for branches that are taken now and then cost as much as all else that
-// is done beside products.
+// The same for products that are done within few cycles: two lines of 64 bytes at each step as long as there are any,
+// and nothing that is decided anew at each of them, for branches that are taken now and then cost as much as all else
+// that is done beside products.
 class LinesLater {
  public:
   LinesLater() = default;

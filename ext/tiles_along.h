@@ -147,7 +147,7 @@ void along_tokens(const Product& p) {
                                   int64_t n, Prefetch& prefetch) {
     const Matrix operands{reinterpret_cast<const uint8_t*>(rows), nullptr, count, stride};
     const Tables<Format::kBf16> none(operands, 0, 0, 0, 0, nullptr);
-    const int64_t together = operand_depth<Format::kBf16>(left);
+    const int64_t together = operand_depth<Format::kBf16>(left, n);
     with_rows<1, kDotRows>(left, [&]<int R>() {
       for (int64_t i = 0; i < n; i += together)
         for (int64_t r = 0; r < count; r += 2)
