@@ -3,7 +3,7 @@
 // for two of these, but so few rows do not make up for rounding weights to it.
 // Included inside an unnamed namespace after lanes_across.h.
 
-constexpr int64_t kFloatRowsAlong = 2, kFloatRows = 4;  // along and across
+constexpr int64_t kFloatRowsAlong = 2, kFloatRows = 3;  // at most, along and across
 
 // How the codes of 128 columns of a stored row become eight vectors of floats.
 //   load(p)          the codes at p, as far as they are loaded at once

@@ -32,13 +32,14 @@ namespace {
 #include "float_rows.h"
 #include "tiles_along.h"
 
-// Up to `dot` rows of a format meet stored rows in dot products, or the first of them floats, then up to `along` rows,
-// or across stored rows up to `across`, weights decoded in registers: where these are the fastest on Zen 4 and near it
+// Rows of a format that meet stored rows as floats, then in dot products, then with weights decoded in registers, and
+// across stored rows as floats, then with weights decoded in registers: where these are the fastest on Zen 4 and near it
 // by the tables of Zen 5 (docs/zen4.md, docs/performance.md).
 struct Rows {
-  int64_t dot, along, across;
+  int64_t floats, dot, along, floats_across, across;
 };
-constexpr Rows kRows[kFormats] = {{13, 0, 12}, {}, {6, 28, 12}, {12, 0, 8}, {2, 28, 9}, {7, 28, 8}};
+constexpr Rows kRows[kFormats] = {{0, 13, 0, 0, 12}, {}, {0, 6, 28, 0, 12}, {0, 12, 0, 0, 8}, {1, 1, 28, 2, 9},
+                                  {2, 7, 28, 3, 8}};
 template <Format F>
 constexpr Rows kRowsOf = kRows[static_cast<int>(F)];
 
@@ -55,11 +56,12 @@ void pack(const void* from, int64_t lda, int64_t count, int64_t first, int64_t r
 template <Format F>
 void along(const Product& p) {
   if (p.rows == 0) return along_nothing<F>(p);
-  constexpr int64_t kDot = kRowsOf<F>.dot, kFour = kRowScales<F> ? 4 : 3;  // rows that meet four stored rows at a time
-  if constexpr (kRowScales<F>)
-    if (p.rows <= kFloatRowsAlong) return along_floats<F>(p);
-  if constexpr (kDot >= 4)
-    if (p.rows <= kFour) return along_few<F, 4, kRowScales<F> ? kFloatRowsAlong + 1 : 1, kFour>(p);
+  constexpr int64_t kFloats = kRowsOf<F>.floats, kDot = kRowsOf<F>.dot;
+  constexpr int64_t kFour = kRowScales<F> ? 4 : 3;  // rows that meet four stored rows at a time
+  if constexpr (kFloats > 0)
+    if (p.rows <= kFloats) return along_floats<F>(p);
+  if constexpr (kDot >= kFour)
+    if (p.rows <= kFour) return along_few<F, 4, kFloats + 1, kFour>(p);
   if constexpr (kDot > kFour)
     if (p.rows <= kDot) return along_few<F, 2, kFour + 1, kDot>(p);
   if constexpr (kRowsOf<F>.along > 0)
@@ -70,8 +72,8 @@ void along(const Product& p) {
 template <Format F>
 void across(const Product& p) {
   if (p.rows == 0) return across_nothing<F>(p);
-  if constexpr (kRowScales<F>)
-    if (p.rows <= kFloatRows) return across_floats<F>(p);
+  if constexpr (kRowsOf<F>.floats_across > 0)
+    if (p.rows <= kRowsOf<F>.floats_across) return across_floats<F>(p);
   p.rows <= kRowsOf<F>.across ? across_lanes<F>(p) : across_many<F>(p);
 }
 
