@@ -40,6 +40,11 @@ struct Rows {
 };
 constexpr Rows kRows[kFormats] = {{0, 13, 0, 0, 12}, {}, {0, 6, 28, 0, 12}, {0, 12, 0, 0, 8}, {1, 1, 28, 2, 9},
                                   {2, 7, 28, 3, 8}};
+static_assert([] {
+  for (const Rows& r : kRows)
+    if (r.floats > kFloatRowsAlong || r.floats_across > kFloatRows) return false;
+  return true;
+}());
 template <Format F>
 constexpr Rows kRowsOf = kRows[static_cast<int>(F)];
 
