@@ -74,21 +74,24 @@ inline LanesVisit lanes_visit(const Strip& s, int64_t i) {
 // then would cost as much as all else here.
 class VisitsAhead {
  public:
+  // out_step: bytes between the two parts of what is transposed.
+  explicit VisitsAhead(int64_t out_step) : out_step_(out_step) {}
   // Codes of 32 stored rows x `bytes` bytes of columns, a multiple of 64, `step` apart, to be transposed to `out`,
-  // [2][vectors][16 stored rows], `out_step` apart. A unit is 8 rows x 16 bytes: along a line of 64 bytes, then the
-  // next 8 rows, then the next line.
-  void transpose_later(const uint8_t* stored, int64_t step, int64_t bytes, std::byte* out, int64_t out_step) {
+  // [2][vectors][16 stored rows]. A unit is 8 rows x 16 bytes: along a line of 64 bytes, then the next 8 rows, then the
+  // next line.
+  void transpose_later(const uint8_t* stored, int64_t step, int64_t bytes, std::byte* out) {
     stored_ = stored;
-    step_ = step;
     out_ = out;
     units_ = bytes / 4;
+    at_ = 0;
+    if (step == step_) return;  // the way is that of the visit before
+    step_ = step;
     for (int64_t i = 0; i < 16; ++i) {
       const auto from = [&](int64_t u) { return u / 16 * 64 + u % 16 / 4 * 8 * step + u % 4 * 16; };
-      const auto to = [&](int64_t u) { return u / 16 * 1024 + u % 16 / 8 * out_step + u / 4 % 2 * 32 + u % 4 * 256; };
+      const auto to = [&](int64_t u) { return u / 16 * 1024 + u % 16 / 8 * out_step_ + u / 4 % 2 * 32 + u % 4 * 256; };
       from_[i] = from(i + 1) - from(i);
       to_[i] = to(i + 1) - to(i);
     }
-    at_ = 0;
   }
   void ask_later(const LinesLater& lines) { lines_ = lines; }
 
@@ -109,6 +112,7 @@ class VisitsAhead {
   }
 
  private:
+  const int64_t out_step_;
   const uint8_t* stored_ = nullptr;
   int64_t step_ = 0, units_ = 0;
   std::byte* out_ = nullptr;
@@ -164,6 +168,7 @@ void along_lanes(const Product& p) {
   std::byte* const spare = codes + 2 * kLanesRows * kBytes;
   float* const scales = reinterpret_cast<float*>(spare + kLanesRows * kBytes);  // [groups of columns][32]
   float* const starts = scales + kLanesRows * (kLanesDepth / 32);               // [groups of all columns][rows]
+  static_assert(!kPlusHalf<F> || Decode<F>::kTableBytes == 0);                  // they share the room
   const Tables<F> tables(w, p.strip.first, p.strip.count, 0, w.cols, reinterpret_cast<std::byte*>(starts));
   const int64_t groups = blocks_of(w.cols, kScaledColumns<F>), visits = lanes_visits(p.strip);
   const auto tile = [&](int64_t r, int64_t rows, int64_t k) {
@@ -173,7 +178,7 @@ void along_lanes(const Product& p) {
     for_parts<kLaneRows>(p.rows, [&](int64_t r, int64_t n) {
       minus_halves(tile(r, n, 0), n, blocks_of(w.cols, kPad) * kPad / 2, starts + groups * r);
     });
-  VisitsAhead beside;
+  VisitsAhead beside(16 * kBytes);
   const auto transpose_later = [&](int64_t i) {
     const LanesVisit v = lanes_visit(p.strip, i);
     if (v.rows == 0) return;
@@ -186,7 +191,7 @@ void along_lanes(const Product& p) {
       stored = reinterpret_cast<const uint8_t*>(spare);
       step = kBytes;
     }
-    beside.transpose_later(stored, step, bytes, codes + i % 2 * kLanesRows * kBytes, 16 * kBytes);
+    beside.transpose_later(stored, step, bytes, codes + i % 2 * kLanesRows * kBytes);
   };
   transpose_later(0);
   beside.finish();
