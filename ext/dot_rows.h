@@ -68,6 +68,23 @@ struct RowsLater {
   const uint8_t *rows_[W], *scales_[W];
 };
 
+// The same of a whole strip, whose stored rows lie one behind the other: `done` bytes of another are multiplied.
+template <Format F, int W>
+class StripLater {
+ public:
+  StripLater(const Strip& s, int64_t done) {
+    const int64_t bytes = s.count * row_bytes(F, s.matrix.cols);
+    at_ = byte_at(F, s.matrix, s.first, 0) + (done < bytes ? done : bytes);
+  }
+  inline __attribute__((always_inline)) void ask(int64_t k) const {
+    const uint8_t* const p = at_ + bytes_of(F, W * k);
+    for (int64_t line = 0; line < bytes_of(F, W * kBlock); line += 64) __builtin_prefetch(p + line, 0, 2);
+  }
+
+ private:
+  const uint8_t* at_;
+};
+
 // The same interface for whoever asks for other bytes meanwhile.
 struct TicksLater {
   Prefetch* prefetch;
@@ -135,16 +152,26 @@ void along_groups(const Product& p, int64_t deepest, const float* sums, Tile til
   const Matrix& w = p.strip.matrix;
   const int64_t groups = (p.strip.count + W - 1) / W, blocks = (w.cols + deepest - 1) / deepest;
   const int64_t step = (w.cols / blocks + kBlock - 1) / kBlock * kBlock, units = (w.cols + step - 1) / step * groups;
-  constexpr int64_t ahead = 4;  // groups between asking for stored rows and reading them
+  constexpr int64_t kAhead = 4;               // groups between asking for stored rows and reading them
+  constexpr int64_t kStripBytes = 256 << 10;  // two strips of these, operands and sums are in L2 of 1 MB
+  // Memory streams a strip as it lies, not parts of its rows. Strips that L2 has no room for are asked for group by group.
+  const bool parts = units > groups && p.next.count > 0 &&
+                     p.strip.count * row_bytes(F, w.cols) <= kStripBytes &&
+                     p.next.count * row_bytes(F, p.next.matrix.cols) <= kStripBytes;
   for (int64_t u = 0; u < units; ++u) {
-    // The group `ahead` of this one, in this strip or the next.
-    const bool here = u + ahead < units || p.next.count == 0;
+    const int64_t row = u % groups * W, k = u / groups * step, depth = w.cols - k < step ? w.cols - k : step;
+    if constexpr (!kRowScales<F>)
+      if (parts) {
+        tile(row, k, depth, StripLater<F, W>(p.next, bytes_of(F, groups * W * k + row * depth)));
+        continue;
+      }
+    // The group kAhead of this one, in this strip or the next.
+    const bool here = u + kAhead < units || p.next.count == 0;
     const Strip& s = here ? p.strip : p.next;
-    const int64_t v = (here ? u + ahead : u + ahead - units) % units, row = v % groups * W, col = v / groups * step;
-    const int64_t k = u / groups * step, depth = w.cols - k < step ? w.cols - k : step;
-    const bool exists = row < s.count && col < s.matrix.cols;
-    tile(u % groups * W, k, depth,
-         exists ? RowsLater<F, W>(s.matrix, s.first + row, s.count - row, col, depth)
+    const int64_t v = (here ? u + kAhead : u + kAhead - units) % units, first = v % groups * W, col = v / groups * step;
+    const bool exists = first < s.count && col < s.matrix.cols;
+    tile(row, k, depth,
+         exists ? RowsLater<F, W>(s.matrix, s.first + first, s.count - first, col, depth)
                 : RowsLater<F, W>(w, p.strip.first, p.strip.count, k, depth));
   }
   for (int64_t g = 0; g < p.strip.count; g += 16) unpack_sums(sums + g * kSums, kSums, p.rows, p.c + g, p.ldc, p.add);

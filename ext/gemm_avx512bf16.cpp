@@ -38,7 +38,7 @@ namespace {
 struct Rows {
   int64_t floats, dot, along, floats_across, across;
 };
-constexpr Rows kRows[kFormats] = {{0, 13, 0, 0, 12}, {}, {0, 6, 28, 0, 12}, {0, 12, 0, 0, 8}, {1, 1, 28, 2, 9},
+constexpr Rows kRows[kFormats] = {{0, 14, 0, 0, 12}, {}, {0, 6, 28, 0, 12}, {0, 12, 0, 0, 8}, {1, 1, 28, 2, 9},
                                   {2, 7, 28, 3, 8}};
 static_assert([] {
   for (const Rows& r : kRows)
