@@ -100,7 +100,7 @@ struct Decode<Format::kFp8Channel> : DecodeFp8<Format::kFp8Channel> {};
 
 #if defined(__AVX512VBMI__)
 // The 128 magnitudes of a block, as bf16(scale * e4m3), are a table of low and one of high bytes: two look-ups for 64
-// weights.
+// weights. Without scales they are those of the codes.
 template <>
 struct Decode<Format::kFp8Block> {
   static constexpr bool kInPlace = false;
@@ -123,7 +123,7 @@ struct Decode<Format::kFp8Block> {
     return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
   }
   static inline void prepare(const Matrix& w, int64_t row, int64_t col, std::byte* table) {
-    const __m512 scale = _mm512_set1_ps(scale_at(Format::kFp8Block, w, row, col) * 256.0f);
+    const __m512 scale = _mm512_set1_ps((w.scales ? scale_at(Format::kFp8Block, w, row, col) : 1.0f) * 256.0f);
     const __m512i steps = _mm512_load_si512(kZeroTo31);
     const __m512i even = _mm512_add_epi16(_mm512_mullo_epi16(steps, word(0x0404)), word(0x0200)),  // bytes 0, 2, 4 ..
         odd = _mm512_or_si512(even, word(0x0101));

@@ -145,16 +145,27 @@ void dot_tile(const uint16_t* a, const Matrix& w, const Tables<F>& tables, int64
   }
 }
 
+// Sums [stored rows of p][stride], `n` of each, times what the rows count for.
+inline void scale_sums(const Product& p, float* sums, int64_t stride, int64_t n) {
+  for (int64_t r = 0; p.row_scales && r < p.strip.count; ++r) {
+    const __m512 scale = _mm512_set1_ps(p.row_scales[p.strip.first + r]);
+    for (int64_t i = 0; i < n; i += 16) {
+      float* const at = sums + r * stride + i;
+      _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), scale));
+    }
+  }
+}
+
 // Few rows: all of them meet W stored rows at a time, as tile(first stored row, k, depth, later) has it, in blocks
 // of up to `deepest` columns and kBlock more; sums [stored rows][kSums].
 template <Format F, int W, class Tile>
-void along_groups(const Product& p, int64_t deepest, const float* sums, Tile tile) {
+void along_groups(const Product& p, int64_t deepest, float* sums, Tile tile) {
   const Matrix& w = p.strip.matrix;
   const int64_t groups = (p.strip.count + W - 1) / W, blocks = (w.cols + deepest - 1) / deepest;
   const int64_t step = (w.cols / blocks + kBlock - 1) / kBlock * kBlock, units = (w.cols + step - 1) / step * groups;
   constexpr int64_t kAhead = 4;               // groups between asking for stored rows and reading them
   constexpr int64_t kStripBytes = 256 << 10;  // two strips of these, operands and sums are in L2 of 1 MB
-  // Memory streams a strip as it lies, not parts of its rows. Strips that L2 has no room for are asked for group by group.
+  // Memory streams a strip as it lies, not parts of its rows. Where L2 has no room for two, groups are asked for.
   const bool parts = units > groups && p.next.count > 0 &&
                      p.strip.count * row_bytes(F, w.cols) <= kStripBytes &&
                      p.next.count * row_bytes(F, p.next.matrix.cols) <= kStripBytes;
@@ -174,6 +185,7 @@ void along_groups(const Product& p, int64_t deepest, const float* sums, Tile til
          exists ? RowsLater<F, W>(s.matrix, s.first + first, s.count - first, col, depth)
                 : RowsLater<F, W>(w, p.strip.first, p.strip.count, k, depth));
   }
+  scale_sums(p, sums, kSums, kSums);
   for (int64_t g = 0; g < p.strip.count; g += 16) unpack_sums(sums + g * kSums, kSums, p.rows, p.c + g, p.ldc, p.add);
 }
 

@@ -38,8 +38,8 @@ namespace {
 struct Rows {
   int64_t floats, dot, along, floats_across, across;
 };
-constexpr Rows kRows[kFormats] = {{0, 14, 0, 0, 12}, {}, {0, 6, 28, 0, 12}, {0, 12, 0, 0, 8}, {1, 1, 28, 2, 9},
-                                  {2, 7, 28, 3, 8}};
+constexpr Rows kRows[kFormats] = {{0, 14, 0, 0, 12}, {},        {0, 6, 28, 0, 12}, {0, 6, 28, 0, 24},
+                                  {1, 1, 28, 2, 9},  {2, 7, 28, 3, 8}};
 static_assert([] {
   for (const Rows& r : kRows)
     if (r.floats > kFloatRowsAlong || r.floats_across > kFloatRows) return false;
@@ -80,6 +80,26 @@ void across(const Product& p) {
   if constexpr (kRowsOf<F>.floats_across > 0)
     if (p.rows <= kRowsOf<F>.floats_across) return across_floats<F>(p);
   p.rows <= kRowsOf<F>.across ? across_lanes<F>(p) : across_many<F>(p);
+}
+
+static_assert(kRowsOf<Format::kFp8Channel>.dot == kRowsOf<Format::kFp8Block>.dot &&
+              kRowsOf<Format::kFp8Channel>.along == kRowsOf<Format::kFp8Block>.along);  // pack() and along() agree
+// Weights with a scale for each stored row, as codes alone, which are looked up for fewer instructions: the scales
+// multiply what comes out along stored rows and what goes in across them.
+Product scales_apart(Product p) {
+  p.row_scales = reinterpret_cast<const float*>(p.strip.matrix.scales);
+  p.strip.matrix.scales = p.next.matrix.scales = nullptr;
+  return p;
+}
+template <>
+void along<Format::kFp8Channel>(const Product& p) {
+  along<Format::kFp8Block>(scales_apart(p));
+}
+template <>
+void across<Format::kFp8Channel>(const Product& p) {
+  if (p.rows == 0) return across_nothing<Format::kFp8Channel>(p);
+  p.rows <= kRowsOf<Format::kFp8Channel>.across ? across_lanes<Format::kFp8Block>(scales_apart(p))
+                                                : across_many<Format::kFp8Channel>(p);
 }
 
 }  // namespace

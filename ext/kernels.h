@@ -12,7 +12,8 @@ namespace kjax {
 //   int4_group32   compressed-tensors: weights + 8, eight per int32, the first lowest, one bf16 scale per 32 of a row
 //   int8_group128  int8, one bf16 scale per 128 of a row
 // A quantised weight is bf16(scale * code), as in a checkpoint dequantised to bf16; it is scale * code in fp32 kernels
-// (gemm_f32.h) and where the scales multiply sums of codes (lanes_along.h, float_rows.h).
+// (gemm_f32.h) and where the scales multiply sums of codes (lanes_along.h, float_rows.h, fp8_channel in
+// gemm_avx512bf16.cpp), and few operand rows across those of fp8_channel are multiplied by the scales themselves.
 enum class Format : int { kBf16, kFp32, kFp8Block, kFp8Channel, kInt4Group32, kInt8Group128 };
 constexpr int kFormats = 6;
 
@@ -67,6 +68,8 @@ struct Product {
   int64_t ldc;
   bool add;            // add to C instead of overwriting it
   std::byte* scratch;  // this thread's, scratch_bytes() of the strip's matrix, aligned to 64
+  // A kernel's own: numbers that the matrix's stored rows count for besides their scales, or null.
+  const float* row_scales = nullptr;
 };
 using Multiply = void (*)(const Product&);
 using Pack = void (*)(const void* from, int64_t lda, int64_t count, int64_t first, int64_t rows, int64_t k,

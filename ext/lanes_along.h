@@ -125,14 +125,15 @@ class VisitsAhead {
 template <Format F>
 constexpr int64_t kTilePairs = (F == Format::kInt8Group128 ? kBlock : kLanesDepth) / 2;
 
-// C [R, 32] (+)= A [pairs][R][2] x codes [2][vectors][16 stored rows], with scales [groups][32 stored rows] where sums
-// have them, and what these begin with, [groups][R] or null. A function of its own, for one loop's registers.
-template <Format F, int R>
+// C [R, 32] (+)= A [pairs][R][2] x codes [2][vectors][16 stored rows], where sums have scales with these, [groups][32
+// stored rows], and with what such sums begin with, [groups][R] or null. A function of its own, for one loop's
+// registers.
+template <Format F, int R, bool kScaled>
 KJAX_ALONE void lane_tile(const uint16_t* a, const std::byte* codes, int64_t codes_step, int64_t pairs,
                           const std::byte* table, const float* scales, const float* starts, float* c, int64_t ldc,
                           bool add, VisitsAhead& beside) {
   constexpr int64_t P = Lanes<F>::kPairs, kWhole = kScaledColumns<F> / 2, kMost = kTilePairs<F>;
-  LaneSums<R> sums(c, ldc, add && !kRowScales<F>);
+  LaneSums<R> sums(c, ldc, add && !kScaled);
   for (int64_t k = 0; k < (kMost == kWhole ? 1 : pairs); k += kWhole) {
     if constexpr (kRowScales<F>) sums = LaneSums<R>(kPlusHalf<F> ? starts : nullptr);
     for (int64_t n = pairs - k < kWhole ? pairs - k : kWhole; n > 0; n -= P) {
@@ -157,7 +158,8 @@ KJAX_ALONE void lane_tile(const uint16_t* a, const std::byte* codes, int64_t cod
       table += Decode<F>::kTableBytes;
     }
   }
-  if constexpr (!kRowScales<F>) sums.store(c, ldc);
+  if constexpr (!kScaled) sums.store(c, ldc);
+  else if constexpr (!kRowScales<F>) sums.store_scaled(scales, c, ldc, add);
 }
 
 template <Format F>
@@ -207,14 +209,22 @@ void along_lanes(const Product& p) {
     if constexpr (F == Format::kInt8Group128) table = reinterpret_cast<const std::byte*>(&kHalfTable);
     if constexpr (F == Format::kInt4Group32) table = reinterpret_cast<const std::byte*>(&kNibbleTable);
     if constexpr (kRowScales<F>) transpose_scales<F>(w, p.strip.first + v.row, v.rows, v.k, v.depth, scales);
+    else
+      for (int64_t r = 0; p.row_scales && r < kLanesRows; ++r)
+        scales[r] = r < v.rows ? p.row_scales[p.strip.first + v.row + r] : 0.0f;
     for_tiles<kLaneRows>(p.rows, [&]<int R>(int64_t r) {
       for (int64_t q = 0, all = blocks_of(v.depth, kPad) * kPad / 2; q < all; q += kTilePairs<F>) {
         const int64_t col = v.k + 2 * q;
-        lane_tile<F, R>(tile(r, R, col), codes + i % 2 * kLanesRows * kBytes + q / Lanes<F>::kPairs * 64, 16 * kBytes,
-                        all - q < kTilePairs<F> ? all - q : kTilePairs<F>, table,
-                        scales + 2 * q / kScaledColumns<F> * kLanesRows,
-                        starts + groups * r + col / kScaledColumns<F> * R, p.c + r * p.ldc + v.row, p.ldc,
-                        p.add || col > 0, beside);
+        const auto multiply = [&]<bool kScaled>() {
+          lane_tile<F, R, kScaled>(tile(r, R, col),
+                                   codes + i % 2 * kLanesRows * kBytes + q / Lanes<F>::kPairs * 64, 16 * kBytes,
+                                   all - q < kTilePairs<F> ? all - q : kTilePairs<F>, table,
+                                   scales + 2 * q / kScaledColumns<F> * kLanesRows,
+                                   starts + groups * r + col / kScaledColumns<F> * R, p.c + r * p.ldc + v.row, p.ldc,
+                                   p.add || col > 0, beside);
+        };
+        if (kRowScales<F> || p.row_scales) multiply.template operator()<true>();
+        else if constexpr (!kRowScales<F>) multiply.template operator()<false>();
       }
     });
     beside.finish();

@@ -16,17 +16,25 @@
 namespace kjax {
 namespace {
 
-// A weight as kernels have it: rounded to bf16, or scale * code (kernels.h); in one product all are the one or the
-// other.
+// A weight as kernels have it, times an operand of one: rounded to bf16, or scale * code, or bf16(operand * scale) *
+// code (kernels.h); in one product all are the same of these.
 struct Meant {
-  float rounded, exact;
+  float rounded, scale, code;
+  bool operands_scaled;
+  bool exact(float got, float before) const {
+    return got == before + scale * code || got == __builtin_fmaf(scale, code, before);
+  }
+  bool of_operand(float got, float before) const {
+    return operands_scaled && got == before + bf16_to_float(float_to_bf16(scale)) * code;
+  }
 };
 Meant meant(Format format, const Matrix& w, int64_t row, int64_t col) {
   Meant weight;
   decode_row(format, w, row, col, 1, &weight.rounded);
   const bool scaled = kScaleBlock[static_cast<int>(format)].bytes > 0;
-  weight.exact =
-      scaled ? scale_at(format, w, row, col) * code_at(format, byte_at(format, w, row, 0), col) : weight.rounded;
+  weight.scale = scaled ? scale_at(format, w, row, col) : 1.0f;
+  weight.code = scaled ? code_at(format, byte_at(format, w, row, 0), col) : weight.rounded;
+  weight.operands_scaled = format == Format::kFp8Channel;
   return weight;
 }
 
@@ -80,14 +88,15 @@ std::string fuzz_product(const Kernels& kernels, uint64_t seed) {
   if (gemm.end) gemm.end();
   if (!tame) return "";  // NaN and Inf, which loading refuses, may end up anywhere
   const float before = add ? 2.0f : 0.0f;
-  bool rounded = true, exact = true;
+  bool rounded = true, exact = true, of_operand = !along;
   for (int64_t r = 0; r < m; ++r)
     for (int64_t n = 0; n < count; ++n) {
       const Meant weight = along ? meant(format, w, first + n, hot[r]) : meant(format, w, hot[r], first + n);
       const float got = out[r * ldc + n], expected = before + weight.rounded;
       rounded &= got == expected;
-      exact &= got == before + weight.exact;
-      if (!rounded && !exact)
+      exact &= weight.exact(got, before);
+      of_operand &= weight.of_operand(got, before);
+      if (!rounded && !exact && !of_operand)
         return text(gemm.name, " ", kFormatInfo[which].name, along ? " along" : " across", " W [", rows, ", ", cols,
                     "], strip ", first, " + ", count, ", ", m, " rows: C[", r, ", ", n, "] = ", got, ", not ",
                     expected);

@@ -240,6 +240,8 @@ void along_tokens(const Product& p) {
         }
       }
   }
+  scale_sums(p, sums, ldc, ldc);
+  if (left) scale_sums(p, left_sums, kSums, kSums);
   for (int64_t g = 0; g < groups; g += 16) {
     for (int64_t t = 0; t < tokens; ++t)
       unpack_sums(sums + g * ldc + t * 16, ldc, p.rows - t * 16, p.c + t * 16 * p.ldc + g, p.ldc, p.add);
