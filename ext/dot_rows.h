@@ -145,10 +145,13 @@ void dot_tile(const uint16_t* a, const Matrix& w, const Tables<F>& tables, int64
   }
 }
 
+// What a stored row counts for (Product::row_scales).
+inline float row_scale(const uint8_t* scales, int64_t row) { return load_scale(Format::kFp8Channel, scales + 4 * row); }
+
 // Sums [stored rows of p][stride], `n` of each, times what the rows count for.
 inline void scale_sums(const Product& p, float* sums, int64_t stride, int64_t n) {
   for (int64_t r = 0; p.row_scales && r < p.strip.count; ++r) {
-    const __m512 scale = _mm512_set1_ps(p.row_scales[p.strip.first + r]);
+    const __m512 scale = _mm512_set1_ps(row_scale(p.row_scales, p.strip.first + r));
     for (int64_t i = 0; i < n; i += 16) {
       float* const at = sums + r * stride + i;
       _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), scale));
@@ -165,14 +168,13 @@ void along_groups(const Product& p, int64_t deepest, float* sums, Tile tile) {
   const int64_t step = (w.cols / blocks + kBlock - 1) / kBlock * kBlock, units = (w.cols + step - 1) / step * groups;
   constexpr int64_t kAhead = 4;               // groups between asking for stored rows and reading them
   constexpr int64_t kStripBytes = 256 << 10;  // two strips of these, operands and sums are in L2 of 1 MB
-  // Memory streams a strip as it lies, not parts of its rows. Where L2 has no room for two, groups are asked for.
-  const bool parts = units > groups && p.next.count > 0 &&
-                     p.strip.count * row_bytes(F, w.cols) <= kStripBytes &&
-                     p.next.count * row_bytes(F, p.next.matrix.cols) <= kStripBytes;
+  // Memory streams strips as they lie, not parts of their rows. Where L2 has no room for two, groups are asked for.
+  const auto fits = [&](const Strip& s) { return s.count * row_bytes(F, s.matrix.cols) <= kStripBytes; };
+  const bool cut = units > groups && p.next.count > 0 && fits(p.strip) && fits(p.next);
   for (int64_t u = 0; u < units; ++u) {
     const int64_t row = u % groups * W, k = u / groups * step, depth = w.cols - k < step ? w.cols - k : step;
     if constexpr (!kRowScales<F>)
-      if (parts) {
+      if (cut) {
         tile(row, k, depth, StripLater<F, W>(p.next, bytes_of(F, groups * W * k + row * depth)));
         continue;
       }

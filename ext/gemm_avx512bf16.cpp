@@ -87,7 +87,7 @@ static_assert(kRowsOf<Format::kFp8Channel>.dot == kRowsOf<Format::kFp8Block>.dot
 // Weights with a scale for each stored row, as codes alone, which are looked up for fewer instructions: the scales
 // multiply what comes out along stored rows and what goes in across them.
 Product scales_apart(Product p) {
-  p.row_scales = reinterpret_cast<const float*>(p.strip.matrix.scales);
+  p.row_scales = p.strip.matrix.scales;
   p.strip.matrix.scales = p.next.matrix.scales = nullptr;
   return p;
 }

@@ -68,8 +68,8 @@ struct Product {
   int64_t ldc;
   bool add;            // add to C instead of overwriting it
   std::byte* scratch;  // this thread's, scratch_bytes() of the strip's matrix, aligned to 64
-  // A kernel's own: numbers that the matrix's stored rows count for besides their scales, or null.
-  const float* row_scales = nullptr;
+  // A kernel's own: fp32 that the matrix's stored rows count for besides their scales, aligned or not, or null.
+  const uint8_t* row_scales = nullptr;
 };
 using Multiply = void (*)(const Product&);
 using Pack = void (*)(const void* from, int64_t lda, int64_t count, int64_t first, int64_t rows, int64_t k,

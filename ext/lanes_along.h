@@ -211,7 +211,7 @@ void along_lanes(const Product& p) {
     if constexpr (kRowScales<F>) transpose_scales<F>(w, p.strip.first + v.row, v.rows, v.k, v.depth, scales);
     else
       for (int64_t r = 0; p.row_scales && r < kLanesRows; ++r)
-        scales[r] = r < v.rows ? p.row_scales[p.strip.first + v.row + r] : 0.0f;
+        scales[r] = r < v.rows ? row_scale(p.row_scales, p.strip.first + v.row + r) : 0.0f;
     for_tiles<kLaneRows>(p.rows, [&]<int R>(int64_t r) {
       for (int64_t q = 0, all = blocks_of(v.depth, kPad) * kPad / 2; q < all; q += kTilePairs<F>) {
         const int64_t col = v.k + 2 * q;
