@@ -119,9 +119,10 @@ def test_scales_lie_in_other_shards(pair):
 def assert_same_sums(found, expected, format_, products=3):
     """Kernels of one format may add the same products in another order than those of bf16 do. That moves fp32 sums by
     some 2^-22, which rounds one number of h in 2000 to the next bf16, 2^-8 of it away. Kernels may leave weights
-    unrounded (ext/kernels.h), not those of FP8 in products of bf16. Such are up to 2^-9 from the copy's in each of the
-    products that follow one another: for weights that share a scale and have few codes the signs are alike."""
-    rounded = format_.startswith("fp8") and _ext.isa()["name"] in ("amx", "amx_soft", "avx512bf16")
+    unrounded (ext/kernels.h), not those of FP8 in blocks in products of bf16. Such are up to 2^-9 from the copy's in
+    each of the products that follow one another: for weights that share a scale and have few codes the signs are
+    alike."""
+    rounded = format_ == "fp8_block" and _ext.isa()["name"] in ("amx", "amx_soft", "avx512bf16")
     rounding = 0 if rounded else products * 2.0**-9
     assert np.abs(expected).max() > 0
     assert np.linalg.norm(found - expected) <= (2.0**-12 + rounding) * np.linalg.norm(expected)
