@@ -96,10 +96,8 @@ void along<Format::kFp8Channel>(const Product& p) {
   along<Format::kFp8Block>(scales_apart(p));
 }
 template <>
-void across<Format::kFp8Channel>(const Product& p) {
-  if (p.rows == 0) return across_nothing<Format::kFp8Channel>(p);
-  p.rows <= kRowsOf<Format::kFp8Channel>.across ? across_lanes<Format::kFp8Block>(scales_apart(p))
-                                                : across_many<Format::kFp8Channel>(p);
+void across_lanes<Format::kFp8Channel>(const Product& p) {
+  across_lanes<Format::kFp8Block>(scales_apart(p));
 }
 
 }  // namespace

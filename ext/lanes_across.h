@@ -40,16 +40,17 @@ LinesLater visit_after(const Product& p, int64_t k) {
           left < kPairsDepth ? left : kPairsDepth, scales_of<F>(s.matrix, from, s.first, s.count)};
 }
 
-// Packed operand rows of one tile [pairs][rows][2], times what `depth` stored rows count for.
-inline void scale_packed(uint16_t* a, int64_t rows, int64_t depth, const uint8_t* scales) {
+// Packed operand rows of one tile [pairs][rows][2], times what `depth` stored rows from `first` on count for.
+inline void scale_packed(uint16_t* a, int64_t rows, const uint8_t* scales, int64_t first, int64_t depth) {
   const __mmask16 lanes = first_lanes(rows);
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
   for (int64_t k = 0; k < depth; k += 2, a += 2 * rows) {
     const __m512i pairs = _mm512_maskz_loadu_epi32(lanes, a);
     const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
                  odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, high));
-    const __m512 x = _mm512_mul_ps(even, _mm512_set1_ps(row_scale(scales, k))),
-                 y = k + 1 < depth ? _mm512_mul_ps(odd, _mm512_set1_ps(row_scale(scales, k + 1))) : _mm512_setzero_ps();
+    const __m512 x = _mm512_mul_ps(even, _mm512_set1_ps(row_scale(scales, first + k))),
+                 y = k + 1 < depth ? _mm512_mul_ps(odd, _mm512_set1_ps(row_scale(scales, first + k + 1)))
+                                   : _mm512_setzero_ps();
     _mm512_mask_storeu_epi32(a, lanes, round_pairs(x, y, _mm512_load_si512(kPairOrder.words)));
   }
 }
@@ -73,8 +74,8 @@ void across_lanes(const Product& p) {
     const Tables<F> tables(w, k, depth, p.strip.first, p.strip.count, room);
     pack_lanes(operands(p, 0, k), p.lda, p.rows, 0, p.rows, 0, padded, packed, padded);
     if (p.row_scales)
-      for_parts<kLaneRows>(
-          p.rows, [&](int64_t r, int64_t n) { scale_packed(packed + r * padded, n, depth, p.row_scales + 4 * k); });
+      for_parts<kLaneRows>(p.rows,
+                           [&](int64_t r, int64_t n) { scale_packed(packed + r * padded, n, p.row_scales, k, depth); });
     for (int64_t line = 0; line < lines; ++line) {
       const int64_t col = p.strip.first + line * kLine, n = p.strip.count - line * kLine;
       const uint8_t* stored = byte_at(F, w, k, col);
