@@ -2,13 +2,13 @@
 // Included inside an unnamed namespace after decode_panel.h and pace.h.
 
 // Stored rows [first, first + rows) x columns [k, k + depth) -> out [rows][stride], as decode_rows leaves them, and
-// later bytes asked for. k a multiple of 128; a unit is half of 128 weights of one row. Always inlined and without
+// later bytes of stored rows and of tokens asked for. k a multiple of 128; a unit is half of 128 weights of one row. Always inlined and without
 // remainders, so that a product's sums stay in registers while both share the core.
 template <Format F>
 class RowsAhead {
  public:
   RowsAhead(const Matrix& w, const Tables<F>& tables, int64_t first, int64_t rows, int64_t k, int64_t depth,
-            uint16_t* out, int64_t stride, int64_t ticks, const Prefetch& prefetch)
+            uint16_t* out, int64_t stride, int64_t ticks, const Prefetch& prefetch, const TokensLater& tokens)
       : w_(&w),
         tables_(&tables),
         first_(first),
@@ -20,9 +20,11 @@ class RowsAhead {
         out_(out),
         stride_(stride),
         pace_(depth / kBlock * rows * (kBlock / kUnit), ticks),
-        prefetch_(prefetch) {}
+        prefetch_(prefetch),
+        tokens_(tokens) {}
   inline __attribute__((always_inline)) void tick() {
     prefetch_.tick();
+    tokens_.ask();
     pace_.tick([&]() __attribute__((always_inline)) { unit(); });
   }
   // The rest, and the columns behind the last whole block.
@@ -33,6 +35,7 @@ class RowsAhead {
       decode_rows(*w_, *tables_, first_, rows_, k_ + whole, depth_ - whole, out_ + whole, stride_, prefetch_);
   }
   const Prefetch& prefetch() const { return prefetch_; }
+  const TokensLater& tokens() const { return tokens_; }
 
  private:
   static constexpr int64_t kUnit = 64;      // weights at a time: more at once would hold up the products
@@ -61,6 +64,7 @@ class RowsAhead {
   int64_t stride_, row_ = 0, at_ = 0, c_ = 0;
   Pace pace_;
   Prefetch prefetch_;
+  TokensLater tokens_;
 };
 
 // Stored rows [k, k + depth) of a strip -> panels as across_panel makes them, but for the columns of whole lines of 64,

@@ -5,7 +5,7 @@
 constexpr int64_t kDotRows = 12;    // left over after whole tiles, at most; more are padded to one
 constexpr int64_t kDepth = 2048;    // reduction per block of tiles
 constexpr int64_t kTogether = 8;    // stored rows of a tile
-constexpr int64_t kMostTiles = 12;  // of tokens, that stored rows which are decoded meet in turns
+constexpr int64_t kMostTiles = 16;  // of tokens, that stored rows which are decoded meet in turns
 
 // The reduction in equal blocks, so that what is asked for ahead of one is no more than it has time for.
 inline int64_t block_depth(int64_t cols) {
@@ -13,10 +13,10 @@ inline int64_t block_depth(int64_t cols) {
   return blocks_of(blocks_of(cols, blocks > 0 ? blocks : 1), 2 * kBlock) * 2 * kBlock;
 }
 
-// Columns per visit of all token tiles with eight stored rows: as many as keep the tokens' part within a quarter of
+// Columns per visit of all token tiles with eight stored rows: as many as keep the tokens' part within a third of
 // L2, for sums that are stored and loaded again cost more than tokens that come from there.
 inline int64_t visit_depth(int64_t tokens) {
-  constexpr int64_t kBytes = 256 << 10, kLeast = 2 * kBlock;
+  constexpr int64_t kBytes = 320 << 10, kLeast = 2 * kBlock;
   const int64_t depth = kBytes / static_cast<int64_t>(16 * sizeof(uint16_t)) / tokens / kBlock * kBlock;
   return depth < kLeast ? kLeast : depth;
 }
@@ -212,6 +212,14 @@ void along_tokens(const Product& p) {
       for (int64_t at = k, n; at < end; at += n) {
         n = visit(at, end);
         const int64_t first = part * together, last = part + 1 < parts ? first + together : tokens;
+        // The visit behind this one: of the columns that follow, or for the next part of the tokens.
+        const int64_t after = at + n < end || part + 1 == parts ? at + n : k,
+                      after_end = after < end ? end : w.cols - end < most ? w.cols : end + most,
+                      after_n = visit(after, after_end),
+                      after_first = at + n < end ? first : part + 1 < parts ? last : 0;
+        const int64_t ticks = blocks_of(last - first, 3) * ((n + 31) / 32) * kTicks;
+        TokensLater later(packed, tokens, after_first, last - first, after < w.cols ? after : 0,
+                          after_n > 0 ? after_n : kBlock);
         for (int64_t g = 0; g < groups; g += kTogether) {
           uint16_t* const rows = decoded + which * kTogether * kStride;
           if (!ahead || (at == 0 && g == 0 && part == 0))
@@ -223,16 +231,15 @@ void along_tokens(const Product& p) {
           };
           if (ahead) {
             which = 1 - which;
-            // The next rows; or the first of them again, of the columns that follow or for the next part.
-            const int64_t row = g + kTogether < groups ? g + kTogether : 0,
-                          after = at + n < end || part + 1 == parts ? at + n : k, col = row > 0 ? at : after,
-                          col_end = col < end ? end : w.cols - end < most ? w.cols : end + most;
+            // The next rows; or the first of them again, of the next visit.
+            const int64_t row = g + kTogether < groups ? g + kTogether : 0, col = row > 0 ? at : after;
             RowsAhead<F> beside(w, tables, p.strip.first + row, col < w.cols ? exist(row) : 0, col,
-                                row > 0 ? n : visit(col, col_end), decoded + which * kTogether * kStride, kStride,
-                                blocks_of(last - first, 3) * ((n + 31) / 32) * kTicks, prefetch);
+                                row > 0 ? n : after_n, decoded + which * kTogether * kStride, kStride, ticks, prefetch,
+                                later);
             multiply_all(beside);
             beside.finish();
             prefetch = beside.prefetch();
+            later = beside.tokens();
           } else {
             multiply_all(prefetch);
           }

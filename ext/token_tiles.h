@@ -21,3 +21,29 @@ inline void unpack_sums(const float* sums, int64_t stride, int64_t n, float* c, 
     _mm512_storeu_ps(c + i * ldc, add ? _mm512_add_ps(_mm512_loadu_ps(c + i * ldc), sum) : sum);
   }
 }
+
+// Asks for tiles of tokens that are multiplied next, a line at each step as long as there are any: operands of many rows
+// are in L3 at best, and the first stored rows that meet them would wait.
+class TokensLater {
+ public:
+  TokensLater() = default;
+  // Tiles [first, first + count) of `tokens` in columns [at, at + n) of `packed`
+  TokensLater(const uint16_t* packed, int64_t tokens, int64_t first, int64_t count, int64_t at, int64_t n)
+      : at_(packed + (at / 32 * tokens + first) * kTile),
+        left_((n + 31) / 32 * count * kLines),
+        of_step_(count * kLines),
+        wrap_((tokens - count) * kTile) {}
+  inline __attribute__((always_inline)) void ask() {
+    if (left_ <= 0) return;
+    --left_;
+    __builtin_prefetch(at_, 0, 2);
+    const bool last = ++of_this_ == of_step_;
+    of_this_ = last ? 0 : of_this_;
+    at_ += 32 + (last ? wrap_ : 0);
+  }
+
+ private:
+  static constexpr int64_t kLines = kTile / 32;  // of a tile
+  const uint16_t* at_ = nullptr;
+  int64_t left_ = 0, of_this_ = 0, of_step_ = 0, wrap_ = 0;
+};
