@@ -2,8 +2,8 @@
 // Included inside an unnamed namespace after decode_panel.h and pace.h.
 
 // Stored rows [first, first + rows) x columns [k, k + depth) -> out [rows][stride], as decode_rows leaves them, and
-// later bytes of stored rows and of tokens asked for. k a multiple of 128; a unit is half of 128 weights of one row. Always inlined and without
-// remainders, so that a product's sums stay in registers while both share the core.
+// later bytes of stored rows and of tokens asked for. k a multiple of 128; a unit is half of 128 weights of one row.
+// Always inlined and without remainders, so that a product's sums stay in registers while both share the core.
 template <Format F>
 class RowsAhead {
  public:
@@ -24,9 +24,10 @@ class RowsAhead {
         tokens_(tokens) {}
   inline __attribute__((always_inline)) void tick() {
     prefetch_.tick();
-    tokens_.ask();
     pace_.tick([&]() __attribute__((always_inline)) { unit(); });
   }
+  // For the next of the tokens
+  inline __attribute__((always_inline)) void ask() { tokens_.ask(); }
   // The rest, and the columns behind the last whole block.
   void finish() {
     pace_.finish([&] { unit(); });

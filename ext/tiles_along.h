@@ -45,6 +45,7 @@ void token_tile(const uint16_t* w, Stride stride, const uint16_t* tokens, int64_
   for (int64_t s = 0; s < steps; ++s, tokens += step)
     for (int64_t q = 0; q < 16; q += T) {
       beside.tick();
+      if constexpr (J == 3 && requires { beside.ask(); }) beside.ask();  // two tiles leave no instructions to spare
 #pragma GCC unroll 16
       for (int h = 0; h < T; ++h, w += 2) {
         __m512bh x[J];

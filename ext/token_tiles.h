@@ -22,11 +22,10 @@ inline void unpack_sums(const float* sums, int64_t stride, int64_t n, float* c, 
   }
 }
 
-// Asks for tiles of tokens that are multiplied next, a line at each step as long as there are any: operands of many rows
-// are in L3 at best, and the first stored rows that meet them would wait.
+// Asks for tiles of tokens that are multiplied next, a line at each step as long as there are any: operands of many
+// rows are in L3 at best, and the first stored rows that meet them would wait.
 class TokensLater {
  public:
-  TokensLater() = default;
   // Tiles [first, first + count) of `tokens` in columns [at, at + n) of `packed`
   TokensLater(const uint16_t* packed, int64_t tokens, int64_t first, int64_t count, int64_t at, int64_t n)
       : at_(packed + (at / 32 * tokens + first) * kTile),
@@ -44,6 +43,6 @@ class TokensLater {
 
  private:
   static constexpr int64_t kLines = kTile / 32;  // of a tile
-  const uint16_t* at_ = nullptr;
-  int64_t left_ = 0, of_this_ = 0, of_step_ = 0, wrap_ = 0;
+  const uint16_t* at_;
+  int64_t left_, of_this_ = 0, of_step_, wrap_;
 };
