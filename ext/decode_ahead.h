@@ -1,5 +1,5 @@
 // Decoding the next stored rows inside the loops of AVX-512 products, beside them.
-// Included inside an unnamed namespace after decode_panel.h and pace.h.
+// Included inside an unnamed namespace after token_tiles.h, decode_panel.h and pace.h.
 
 // Stored rows [first, first + rows) x columns [k, k + depth) -> out [rows][stride], as decode_rows leaves them, and
 // later bytes of stored rows and of tokens asked for. k a multiple of 128; a unit is half of 128 weights of one row.
@@ -26,7 +26,7 @@ class RowsAhead {
     prefetch_.tick();
     pace_.tick([&]() __attribute__((always_inline)) { unit(); });
   }
-  // For the next of the tokens
+  // For tokens
   inline __attribute__((always_inline)) void ask() { tokens_.ask(); }
   // The rest, and the columns behind the last whole block.
   void finish() {

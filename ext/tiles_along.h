@@ -213,7 +213,8 @@ void along_tokens(const Product& p) {
       for (int64_t at = k, n; at < end; at += n) {
         n = visit(at, end);
         const int64_t first = part * together, last = part + 1 < parts ? first + together : tokens;
-        // The visit behind this one: of the columns that follow, or for the next part of the tokens.
+        // The visit behind this one: of the columns that follow, or for the next part of the tokens. Behind the last
+        // one begins another product, of the same tokens if it is of the same expert: their first visit is asked for.
         const int64_t after = at + n < end || part + 1 == parts ? at + n : k,
                       after_end = after < end ? end : w.cols - end < most ? w.cols : end + most,
                       after_n = visit(after, after_end),
